@@ -1,0 +1,55 @@
+"""This project: a model on meta, its weights drawn straight to the tiers, updates eager."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import build_model
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # a checkout that is not installed
+
+import offload
+
+
+class OffloadTrainer:
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        params = list(engine.model.parameters())
+        self.num_params = sum(param.numel() for param in params)
+        self._optimizer = offload.AdamW(params, lr=1e-5, weight_decay=0.01)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self._engine.model(input_ids=tokens, labels=tokens).loss
+        return loss
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def update(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def finish(self) -> None:
+        self._engine.flush()
+
+    def close(self) -> dict[str, str]:
+        about = {
+            "offload": importlib.metadata.version("offload"),
+            "memory": str(self._engine.memory()),
+            "last step": str(self._engine.stats()),
+        }
+        self._engine.close()
+        return about
+
+
+def start(job: dict[str, Any]) -> OffloadTrainer:
+    """Build the trainer; job["policy"] is an offload policy less its NVMe path."""
+    with torch.device("meta"):
+        model = build_model(job["model"])
+    policy = job["policy"]
+    policy["tiers"]["nvme"]["paths"] = [job["dir"]]
+    return OffloadTrainer(offload.offload(model, policy, weights="init"))

@@ -1,0 +1,65 @@
+// Small helpers for hand-written bindings on CPython's limited API.
+#pragma once
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdint>
+
+// Adds the update pipeline and the kernels to the module; -1 with a Python error set on failure.
+__attribute__((weak, visibility("default"))) int offload_add_update(PyObject* module);
+
+namespace offload {
+
+// Owns one reference.
+class PyRef {
+ public:
+  explicit PyRef(PyObject* object = nullptr) : object_(object) {}
+  ~PyRef() { Py_XDECREF(object_); }
+  PyRef(const PyRef&) = delete;
+  PyRef& operator=(const PyRef&) = delete;
+  PyObject* get() const { return object_; }
+  PyObject* release() {
+    PyObject* object = object_;
+    object_ = nullptr;
+    return object;
+  }
+  explicit operator bool() const { return object_ != nullptr; }
+
+ private:
+  PyObject* object_;
+};
+
+// Releases the GIL for a scope that touches no Python object.
+class GilRelease {
+ public:
+  GilRelease() : state_(PyEval_SaveThread()) {}
+  ~GilRelease() { PyEval_RestoreThread(state_); }
+  GilRelease(const GilRelease&) = delete;
+  GilRelease& operator=(const GilRelease&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// Reads a non-negative Python int; false with OverflowError or TypeError set.
+inline bool parse_u64(PyObject* object, uint64_t* value) {
+  *value = PyLong_AsUnsignedLongLong(object);
+  return !(*value == UINT64_MAX && PyErr_Occurred());
+}
+
+// Reads a Python int that fits a C int; false with OverflowError or TypeError set.
+inline bool parse_int(PyObject* object, int* value) {
+  const long wide = PyLong_AsLong(object);
+  if (wide == -1 && PyErr_Occurred()) {
+    return false;
+  }
+  *value = static_cast<int>(wide);
+  if (*value != wide) {
+    PyErr_SetString(PyExc_OverflowError, "int does not fit 32 bits");
+    return false;
+  }
+  return true;
+}
+
+}  // namespace offload

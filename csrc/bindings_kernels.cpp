@@ -1,0 +1,263 @@
+// The kernels in offload._native: addresses as ints, every call without the GIL.
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "bindings.h"
+#include "bindings_update.h"
+#include "kernels.h"
+#include "update_job.h"
+#include "update_pipeline.h"
+
+namespace offload {
+namespace {
+
+constexpr int kKernelAdamw = 0;
+constexpr int32_t kFlagMaximize = 1;
+
+// One op as Python packs it: '<qqiidddddddq'.
+struct OpRecord {
+  int64_t begin;
+  int64_t end;
+  int32_t kernel;
+  int32_t flags;
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  double grad_scale;
+  double reserved;
+  int64_t step;
+};
+static_assert(sizeof(OpRecord) == 88, "the record has no padding");
+
+bool parse_op(const char* bytes, UpdateOp* op) {
+  OpRecord record;
+  std::memcpy(&record, bytes, sizeof(record));
+  op->begin = static_cast<uint64_t>(record.begin);
+  op->end = static_cast<uint64_t>(record.end);
+  op->scalars =
+      make_adamw_scalars({record.lr, record.beta1, record.beta2, record.eps, record.weight_decay,
+                          record.grad_scale, record.step, (record.flags & kFlagMaximize) != 0});
+  return check(record.begin >= 0 && record.end >= 0, "an op's range must not be negative") &&
+         check(record.kernel == kKernelAdamw, "an op's kernel must be 0 (adamw)") &&
+         check((record.flags & ~kFlagMaximize) == 0, "an op has unknown flags") &&
+         check(record.step >= 1, "an op's step must be 1 or more");
+}
+
+}  // namespace
+
+bool parse_ops(PyObject* object, std::vector<UpdateOp>* ops) {
+  char* bytes = nullptr;
+  Py_ssize_t nbytes = 0;
+  if (PyBytes_AsStringAndSize(object, &bytes, &nbytes) < 0 ||
+      !check(nbytes % sizeof(OpRecord) == 0, "ops must be a whole number of 88-byte records")) {
+    return false;
+  }
+  ops->resize(static_cast<size_t>(nbytes) / sizeof(OpRecord));
+  for (size_t i = 0; i < ops->size(); ++i) {
+    if (!parse_op(bytes + i * sizeof(OpRecord), &(*ops)[i])) {
+      return false;
+    }
+  }
+  return true;
+}
+
+const KernelSet* parse_isa(const char* isa) {
+  const KernelSet* kernels = find_kernels(isa);
+  if (!kernels) {
+    PyErr_Format(PyExc_ValueError, "isa '%s' is unknown or not on this CPU; see supported_isas()",
+                 isa);
+  }
+  return kernels;
+}
+
+bool parse_format(int value, StateFormat* format) {
+  *format = value == 0 ? StateFormat::kFp32 : StateFormat::kExact;
+  return check(value == 0 || value == 1, "format must be 0 (fp32) or 1 (exact)");
+}
+
+namespace {
+
+PyObject* kernel_split_fp32(PyObject*, PyObject* args, PyObject* kwargs) {
+  static const char* names[] = {"src", "weight", "residue", "numel", "isa", nullptr};
+  uint64_t src = 0, weight = 0, residue = 0, numel = 0;
+  const char* isa = "auto";
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O&|s:split_fp32", const_cast<char**>(names),
+                                   convert_u64, &src, convert_u64, &weight, convert_u64, &residue,
+                                   convert_u64, &numel, &isa)) {
+    return nullptr;
+  }
+  const KernelSet* kernels = parse_isa(isa);
+  if (!kernels ||
+      !check(numel == 0 || (src && weight && residue), "split_fp32 got the address 0")) {
+    return nullptr;
+  }
+  {
+    GilRelease released;
+    kernels->split_fp32(pointer<float>(src), pointer<uint16_t>(weight), pointer<uint16_t>(residue),
+                        numel);
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* kernel_join_fp32(PyObject*, PyObject* args, PyObject* kwargs) {
+  static const char* names[] = {"weight", "residue", "dst", "numel", "isa", nullptr};
+  uint64_t weight = 0, residue = 0, dst = 0, numel = 0;
+  const char* isa = "auto";
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O&|s:join_fp32", const_cast<char**>(names),
+                                   convert_u64, &weight, convert_u64, &residue, convert_u64, &dst,
+                                   convert_u64, &numel, &isa)) {
+    return nullptr;
+  }
+  const KernelSet* kernels = parse_isa(isa);
+  if (!kernels || !check(numel == 0 || (weight && dst), "join_fp32 got the address 0")) {
+    return nullptr;
+  }
+  {
+    GilRelease released;
+    kernels->join_fp32(pointer<uint16_t>(weight), pointer<uint16_t>(residue), pointer<float>(dst),
+                       numel);
+  }
+  Py_RETURN_NONE;
+}
+
+bool check_landing(uint64_t dst_lo, int kind, int mode) {
+  const bool is_bf16 = kind == static_cast<int>(GradKind::kBf16);
+  const bool needs_low = is_bf16 && mode == static_cast<int>(LandMode::kAccumulateFp32);
+  return check(kind == 0 || kind == 1, "kind must be 0 (bf16) or 1 (fp32)") &&
+         check(mode >= 0 && mode <= 2,
+               "mode must be 0 (set), 1 (accumulate in fp32) or 2 (in the dtype)") &&
+         check(!needs_low || dst_lo, "accumulating bf16 in fp32 needs dst_lo") &&
+         check(is_bf16 || !dst_lo, "an fp32 gradient has no low half");
+}
+
+PyObject* kernel_grad_land(PyObject*, PyObject* args, PyObject* kwargs) {
+  static const char* names[] = {"dst", "dst_lo", "src", "numel", "kind", "mode", "isa", nullptr};
+  uint64_t dst = 0, dst_lo = 0, src = 0, numel = 0;
+  int kind = 0, mode = 0;
+  const char* isa = "auto";
+  if (!PyArg_ParseTupleAndKeywords(
+          args, kwargs, "O&O&O&O&ii|s:grad_land", const_cast<char**>(names), convert_u64, &dst,
+          convert_u64, &dst_lo, convert_u64, &src, convert_u64, &numel, &kind, &mode, &isa)) {
+    return nullptr;
+  }
+  const KernelSet* kernels = parse_isa(isa);
+  if (!kernels || !check_landing(dst_lo, kind, mode) ||
+      !check(numel == 0 || (dst && src), "grad_land got the address 0")) {
+    return nullptr;
+  }
+  double result = 0.0;
+  {
+    GilRelease released;
+    result = kernels->grad_land({pointer<void>(dst), pointer<uint16_t>(dst_lo)}, pointer<void>(src),
+                                static_cast<GradKind>(kind), static_cast<LandMode>(mode), numel);
+  }
+  return PyFloat_FromDouble(result);
+}
+
+PyObject* kernel_sum_squares(PyObject*, PyObject* args, PyObject* kwargs) {
+  static const char* names[] = {"src", "src_lo", "numel", "kind", "isa", nullptr};
+  uint64_t src = 0, src_lo = 0, numel = 0;
+  int kind = 0;
+  const char* isa = "auto";
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&i|s:sum_squares", const_cast<char**>(names),
+                                   convert_u64, &src, convert_u64, &src_lo, convert_u64, &numel,
+                                   &kind, &isa)) {
+    return nullptr;
+  }
+  const KernelSet* kernels = parse_isa(isa);
+  if (!kernels || !check_landing(src_lo, kind, 0) ||
+      !check(numel == 0 || src, "sum_squares got the address 0")) {
+    return nullptr;
+  }
+  double result = 0.0;
+  {
+    GilRelease released;
+    result = kernels->sum_squares(pointer<void>(src), pointer<uint16_t>(src_lo),
+                                  static_cast<GradKind>(kind), numel);
+  }
+  return PyFloat_FromDouble(result);
+}
+
+// The ops of a job on planes in memory, at once and on this thread; numel may be anything.
+PyObject* kernel_apply_ops(PyObject*, PyObject* args, PyObject* kwargs) {
+  static const char* names[] = {"format", "numel", "addresses", "ops", "isa", nullptr};
+  UpdateJob job;
+  int format = 0;
+  unsigned long long addresses[kNumPlanes];
+  PyObject* ops = nullptr;
+  const char* isa = "auto";
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iO&(KKKKKK)O|s:apply_ops",
+                                   const_cast<char**>(names), &format, convert_u64, &job.numel,
+                                   &addresses[0], &addresses[1], &addresses[2], &addresses[3],
+                                   &addresses[4], &addresses[5], &ops, &isa) ||
+      !parse_format(format, &job.format) || !parse_ops(ops, &job.ops)) {
+    return nullptr;
+  }
+  char* planes[kNumPlanes];
+  for (int i = 0; i < kNumPlanes; ++i) {
+    planes[i] = pointer<char>(addresses[i]);
+    job.planes[i].present = planes[i] != nullptr;
+    job.planes[i].address = planes[i];
+  }
+  const std::string fault = validate_planes_and_ops(job);
+  const KernelSet* kernels = parse_isa(isa);
+  if (!kernels || !check(fault.empty(), fault.c_str())) {
+    return nullptr;
+  }
+  {
+    GilRelease released;
+    run_kernels(job, *kernels, 0, job.numel, planes);
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* module_isa(PyObject*, PyObject*) {
+  return PyUnicode_FromString(find_kernels("auto")->isa);
+}
+
+PyObject* module_supported_isas(PyObject*, PyObject*) {
+  PyRef list(PyList_New(0));
+  if (!list) {
+    return nullptr;
+  }
+  for (const KernelSet* set : {avx512_kernels(), avx2_kernels(), portable_kernels()}) {
+    PyRef name(set ? PyUnicode_FromString(set->isa) : nullptr);
+    if (set && (!name || PyList_Append(list.get(), name.get()) < 0)) {
+      return nullptr;
+    }
+  }
+  return PyList_AsTuple(list.get());
+}
+
+PyObject* module_update_buffer_nbytes(PyObject*, PyObject* args) {
+  uint64_t num_tiles = 0, tile_numel = 0;
+  if (!PyArg_ParseTuple(args, "O&O&:update_buffer_nbytes", convert_u64, &num_tiles, convert_u64,
+                        &tile_numel) ||
+      !check(num_tiles <= kTilesMax && tile_numel <= kTileNumelMax,
+             "num_tiles or tile_numel is out of range")) {
+    return nullptr;
+  }
+  return PyLong_FromUnsignedLongLong(
+      update_buffer_nbytes(static_cast<unsigned>(num_tiles), tile_numel));
+}
+
+PyMethodDef kernel_functions[] = {
+    {"split_fp32", with_keywords(kernel_split_fp32), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"join_fp32", with_keywords(kernel_join_fp32), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"grad_land", with_keywords(kernel_grad_land), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"sum_squares", with_keywords(kernel_sum_squares), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"apply_ops", with_keywords(kernel_apply_ops), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"isa", module_isa, METH_NOARGS, nullptr},
+    {"supported_isas", module_supported_isas, METH_NOARGS, nullptr},
+    {"update_buffer_nbytes", module_update_buffer_nbytes, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+
+int add_kernels(PyObject* module) { return PyModule_AddFunctions(module, kernel_functions); }
+
+}  // namespace offload

@@ -1,0 +1,82 @@
+// What an update does and where its planes are: plain data and pure functions, no threads, no I/O.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "io_queue.h"
+#include "kernels.h"
+
+namespace offload {
+
+// Chunks and tiles are multiples of this many elements, so every tile of every plane begins on a 4
+// KiB boundary, as direct I/O wants it.
+constexpr uint64_t kTileAlignNumel = 4096;
+
+enum class StateFormat { kFp32 = 0, kExact = 1 };
+
+enum PlaneIndex { kWeight = 0, kResidue, kExpAvg, kExpAvgSq, kGrad, kGradLo, kNumPlanes };
+
+const char* plane_name(int plane);
+
+// Bytes per element, 0 if the format has no such plane. All planes together: kTileItemNbytes.
+unsigned plane_itemsize(StateFormat format, int plane);
+constexpr uint64_t kTileItemNbytes = 16;
+
+// Bytes that lie together in a file; a plane is a list of them in plane order.
+struct PlaneSegment {
+  int fd;
+  uint64_t offset;
+  uint64_t nbytes;
+};
+
+// With an address, the whole plane is in memory there: it is read into, computed in and written
+// from that memory. Without, it passes through tile buffers.
+struct UpdatePlane {
+  bool present = false;
+  char* address = nullptr;
+  bool has_read = false;
+  bool has_write = false;
+  std::vector<PlaneSegment> read;
+  std::vector<PlaneSegment> write;
+};
+
+// One optimizer step on the elements [begin, end).
+struct UpdateOp {
+  uint64_t begin;
+  uint64_t end;
+  AdamwScalars scalars;
+};
+
+struct UpdateJob {
+  uint64_t tag = 0;
+  StateFormat format = StateFormat::kFp32;
+  uint64_t numel = 0;
+  UpdatePlane planes[kNumPlanes];
+  std::vector<UpdateOp> ops;  // sorted, disjoint
+};
+
+// Empty if the job can run, else what is wrong with it.
+std::string validate_job(const UpdateJob& job);
+
+// The same without the rule on numel, for planes that are in memory.
+std::string validate_planes_and_ops(const UpdateJob& job);
+
+// Whether any byte of memory or file belongs to both, so that one must wait for the other. The same
+// file behind two descriptors is not noticed.
+bool jobs_overlap(const UpdateJob& a, const UpdateJob& b);
+
+// Cuts the bytes [begin, end) of a plane out of its segments, to or from contiguous memory.
+void cut_segments(const std::vector<PlaneSegment>& plane, uint64_t begin, uint64_t end,
+                  char* memory, std::vector<IoSegment>& result);
+
+// The first op that reaches beyond begin, as an index into job.ops.
+size_t first_op_after(const UpdateJob& job, uint64_t begin);
+
+// Runs all ops on the elements [begin, end); planes[i] points at element `begin` of plane i, null
+// where the format or the job has none.
+void run_kernels(const UpdateJob& job, const KernelSet& kernels, uint64_t begin, uint64_t end,
+                 char* const planes[kNumPlanes]);
+
+}  // namespace offload

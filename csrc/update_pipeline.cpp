@@ -1,0 +1,322 @@
+#include "update_pipeline.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "check.h"
+
+namespace offload {
+namespace {
+
+constexpr unsigned kIoThreads = 4;  // of the pread/pwrite backend
+constexpr double kWaitSecondsMax = 86400.0 * 365;
+constexpr int kPriority =
+    0;  // one for all: a tile's write frees the memory that the next read needs
+
+}  // namespace
+
+uint64_t update_buffer_nbytes(unsigned num_tiles, uint64_t tile_numel) {
+  return num_tiles * tile_numel * kTileItemNbytes;
+}
+
+std::unique_ptr<UpdatePipeline> UpdatePipeline::create(const UpdateConfig& config, int* error) {
+  CHECK(config.num_tiles >= 1 && config.num_tiles <= kTilesMax);
+  CHECK(config.tile_numel >= kTileAlignNumel && config.tile_numel <= kTileNumelMax);
+  CHECK(config.tile_numel % kTileAlignNumel == 0);
+  std::unique_ptr<IoQueue> queue =
+      IoQueue::create(config.backend, config.depth, config.block_nbytes, kIoThreads, error);
+  if (!queue) {
+    return nullptr;
+  }
+  std::unique_ptr<UpdatePipeline> pipeline(new UpdatePipeline(config, std::move(queue)));
+  try {
+    pipeline->worker_ = start_thread("offload-update", [p = pipeline.get()] { p->run(); });
+  } catch (const std::system_error& failure) {
+    *error = failure.code().value();
+    return nullptr;
+  }
+  return pipeline;
+}
+
+UpdatePipeline::UpdatePipeline(const UpdateConfig& config, std::unique_ptr<IoQueue> queue)
+    : config_(config), queue_(std::move(queue)), tiles_(config.num_tiles) {
+  for (unsigned i = 0; i < config.num_tiles; ++i) {
+    tiles_[i].buffer = config.buffer + update_buffer_nbytes(i, config.tile_numel);
+  }
+}
+
+UpdatePipeline::~UpdatePipeline() { close(); }
+
+bool UpdatePipeline::submit(UpdateJob job) {
+  auto running = std::make_unique<Running>();
+  running->submitted = Clock::now();
+  running->completion.tag = job.tag;
+  running->completion.fd = -1;
+  running->job = std::move(job);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closing_) {
+      return false;
+    }
+    inbox_.push_back(std::move(running));
+  }
+  submitted_.notify_one();
+  queue_->wake_waiter();  // the worker may sleep there although it has tiles free for this job
+  return true;
+}
+
+size_t UpdatePipeline::poll(std::vector<UpdateCompletion>& completions) {
+  return wait(0.0, completions);
+}
+
+size_t UpdatePipeline::wait(double timeout_s, std::vector<UpdateCompletion>& completions) {
+  const double sleep_s = timeout_s > 0 ? std::min(timeout_s, kWaitSecondsMax) : 0.0;
+  std::unique_lock<std::mutex> lock(mutex_);
+  completed_.wait_for(lock, std::chrono::duration<double>(sleep_s),
+                      [this] { return !completions_.empty() || joined_; });
+  const size_t num_completions = completions_.size();
+  completions.insert(completions.end(), completions_.begin(), completions_.end());
+  completions_.clear();
+  return num_completions;
+}
+
+bool UpdatePipeline::is_closed() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return closing_;
+}
+
+void UpdatePipeline::close() {
+  std::lock_guard<std::mutex> only_one(close_mutex_);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    closing_ = true;
+  }
+  submitted_.notify_one();
+  if (worker_.joinable()) {
+    worker_.join();
+  }
+  queue_->close();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    joined_ = true;
+  }
+  completed_.notify_all();
+}
+
+void UpdatePipeline::run() {
+  while (admit_jobs()) {
+    reap(0.0);  // what is free now can read while the kernels run
+    start_tiles();
+    if (Tile* tile = oldest_ready()) {
+      compute(*tile);
+    } else if (has_tiles_in_flight()) {
+      reap(kWaitSecondsMax);
+    }
+    retire_jobs();
+  }
+}
+
+// Takes jobs from the inbox, sleeping only while there is nothing else to do. False at the very
+// end.
+bool UpdatePipeline::admit_jobs() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (running_.empty()) {
+    submitted_.wait(lock, [this] { return closing_ || !inbox_.empty(); });
+  }
+  // A running job owns at least one tile or waits for one, so more than num_tiles would only wait.
+  while (!inbox_.empty() && running_.size() <= config_.num_tiles &&
+         !overlaps_running(inbox_.front()->job)) {
+    running_.push_back(std::move(inbox_.front()));
+    inbox_.pop_front();
+  }
+  return !running_.empty();
+}
+
+bool UpdatePipeline::overlaps_running(const UpdateJob& job) const {
+  return std::any_of(running_.begin(), running_.end(),
+                     [&job](const auto& running) { return jobs_overlap(running->job, job); });
+}
+
+UpdatePipeline::Running* UpdatePipeline::next_to_start() {
+  const auto found = std::find_if(running_.begin(), running_.end(),
+                                  [](const auto& running) { return running->has_tiles_left(); });
+  return found == running_.end() ? nullptr : found->get();
+}
+
+void UpdatePipeline::start_tiles() {
+  for (Tile& tile : tiles_) {
+    // A tile without work is free again at once, hence the loop.
+    while (tile.phase == Tile::Phase::kFree) {
+      Running* running = next_to_start();
+      if (!running) {
+        return;
+      }
+      start_tile(tile, *running);
+    }
+  }
+}
+
+void UpdatePipeline::start_tile(Tile& tile, Running& running) {
+  const UpdateJob& job = running.job;
+  tile.running = &running;
+  tile.begin = running.next_element;
+  tile.end = std::min(tile.begin + config_.tile_numel, job.numel);
+  tile.sequence = next_sequence_++;
+  const size_t op = first_op_after(job, tile.begin);
+  tile.has_ops = op < job.ops.size() && job.ops[op].begin < tile.end;
+  running.next_element = tile.end;
+  ++running.num_tiles;
+  tile.phase = Tile::Phase::kReading;
+  start_transfer(tile, kOpRead);
+}
+
+bool UpdatePipeline::is_read(const Tile& tile, int plane) const {
+  const UpdatePlane& source = tile.running->job.planes[plane];
+  return source.has_read && (tile.has_ops || (plane == kWeight && source.address));
+}
+
+// Where element tile.begin of a plane is; null for a plane that the job lacks.
+char* UpdatePipeline::tile_memory(const Tile& tile, int plane) const {
+  const UpdateJob& job = tile.running->job;
+  if (!job.planes[plane].present) {
+    return nullptr;
+  }
+  if (job.planes[plane].address) {
+    return job.planes[plane].address + tile.begin * plane_itemsize(job.format, plane);
+  }
+  uint64_t offset = 0;
+  for (int i = 0; i < plane; ++i) {
+    offset += config_.tile_numel * plane_itemsize(job.format, i);
+  }
+  return tile.buffer + offset;
+}
+
+// Starts the read or the write of a tile, as its phase says; with nothing to move it is over at
+// once.
+void UpdatePipeline::start_transfer(Tile& tile, int op) {
+  const UpdateJob& job = tile.running->job;
+  segments_.clear();
+  for (int i = 0; i < kNumPlanes; ++i) {
+    const UpdatePlane& plane = job.planes[i];
+    if (op == kOpRead ? is_read(tile, i) : plane.has_write) {
+      const uint64_t itemsize = plane_itemsize(job.format, i);
+      cut_segments(op == kOpRead ? plane.read : plane.write, tile.begin * itemsize,
+                   tile.end * itemsize, tile_memory(tile, i), segments_);
+    }
+  }
+  tile.nbytes = 0;
+  for (const IoSegment& segment : segments_) {
+    tile.nbytes += segment.nbytes;
+  }
+  const uint64_t tag = static_cast<uint64_t>(&tile - tiles_.data());
+  if (tile.nbytes == 0) {
+    finish_transfer({tag, 0, -1, 0, 0.0});
+    return;
+  }
+  CHECK(queue_->submit(op, tag, kPriority, segments_.data(), segments_.size()));
+}
+
+UpdatePipeline::Tile* UpdatePipeline::oldest_ready() {
+  Tile* oldest = nullptr;
+  for (Tile& tile : tiles_) {
+    if (tile.phase == Tile::Phase::kReady && (!oldest || tile.sequence < oldest->sequence)) {
+      oldest = &tile;
+    }
+  }
+  return oldest;
+}
+
+void UpdatePipeline::compute(Tile& tile) {
+  char* planes[kNumPlanes];
+  for (int i = 0; i < kNumPlanes; ++i) {
+    planes[i] = tile_memory(tile, i);
+  }
+  const Clock::time_point begin = Clock::now();
+  run_kernels(tile.running->job, *config_.kernels, tile.begin, tile.end, planes);
+  const std::chrono::duration<double> elapsed = Clock::now() - begin;
+  tile.running->completion.kernel_seconds += elapsed.count();
+  tile.phase = Tile::Phase::kWriting;
+  start_transfer(tile, kOpWrite);
+}
+
+bool UpdatePipeline::has_tiles_in_flight() const {
+  return std::any_of(running_.begin(), running_.end(),
+                     [](const auto& running) { return running->num_tiles > 0; });
+}
+
+// Takes completions, sleeping up to timeout_s for the first; submit() can end the sleep, too.
+void UpdatePipeline::reap(double timeout_s) {
+  io_completions_.clear();
+  queue_->wait(timeout_s, io_completions_);
+  for (const IoCompletion& completion : io_completions_) {
+    CHECK(completion.tag < tiles_.size());
+    finish_transfer(completion);
+  }
+}
+
+void UpdatePipeline::finish_transfer(const IoCompletion& completion) {
+  Tile& tile = tiles_[completion.tag];
+  Running& running = *tile.running;
+  const bool was_read = tile.phase == Tile::Phase::kReading;
+  CHECK(was_read || tile.phase == Tile::Phase::kWriting);
+  if (completion.result < 0) {
+    fail(running, completion);
+  } else {
+    CHECK(static_cast<uint64_t>(completion.result) == tile.nbytes);
+    (was_read ? running.completion.read_bytes : running.completion.write_bytes) += tile.nbytes;
+  }
+  if (was_read && tile.has_ops && !running.has_failed()) {
+    tile.phase = Tile::Phase::kReady;
+  } else {
+    free_tile(tile);
+  }
+}
+
+// Keeps the first error. Tiles that wait for their kernels are dropped: nothing of theirs is in
+// flight.
+void UpdatePipeline::fail(Running& running, const IoCompletion& completion) {
+  if (running.has_failed()) {
+    return;
+  }
+  running.completion.result = completion.result;
+  running.completion.fd = completion.fd;
+  running.completion.offset = completion.offset;
+  for (Tile& tile : tiles_) {
+    if (tile.running == &running && tile.phase == Tile::Phase::kReady) {
+      free_tile(tile);
+    }
+  }
+}
+
+void UpdatePipeline::free_tile(Tile& tile) {
+  CHECK(tile.running->num_tiles > 0);
+  --tile.running->num_tiles;
+  tile.running = nullptr;
+  tile.phase = Tile::Phase::kFree;
+}
+
+void UpdatePipeline::retire_jobs() {
+  bool has_retired = false;
+  for (auto it = running_.begin(); it != running_.end();) {
+    Running& running = **it;
+    if (!running.is_done()) {
+      ++it;
+      continue;
+    }
+    const std::chrono::duration<double> elapsed = Clock::now() - running.submitted;
+    running.completion.seconds = elapsed.count();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      completions_.push_back(running.completion);
+    }
+    it = running_.erase(it);
+    has_retired = true;
+  }
+  if (has_retired) {
+    completed_.notify_all();
+  }
+}
+
+}  // namespace offload

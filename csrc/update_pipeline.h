@@ -1,0 +1,155 @@
+// UpdatePipeline: streams optimizer updates through memory, tile by tile, on a thread of its own.
+//
+// [Note: tiles in flight] A job is cut into tiles of tile_numel elements. Each tile reads what it
+// needs in one transfer, runs the kernels, and writes in one transfer; num_tiles of them are in
+// flight, so with three one is read while one is computed and one is written. A tile that no op
+// touches moves nothing, except a weight that is read into memory: that is how a fetch with an
+// update works.
+//
+// Jobs start in order. The tiles of the next job start while the last tiles of this one are still
+// in flight, unless both touch the same bytes: then the next waits until this one is done. Jobs
+// therefore can complete out of order.
+//
+// The first error of a job ends it: nothing new is started for it, what is in flight is awaited,
+// and it completes once. Its planes are then part old and part new, so the caller must not use
+// them.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "io_queue.h"
+#include "kernels.h"
+#include "update_job.h"
+
+namespace offload {
+
+constexpr unsigned kTilesMax = 64;
+constexpr uint64_t kTileNumelMax = uint64_t{1} << 31;
+
+struct UpdateCompletion {
+  uint64_t tag;
+  int64_t result;   // 0, or -errno of the first transfer that failed
+  int fd;           // of the failure; -1 on success
+  uint64_t offset;  // of the failure; 0 on success
+  uint64_t read_bytes;
+  uint64_t write_bytes;
+  double seconds;  // from submit to completion
+  double kernel_seconds;
+};
+
+struct UpdateConfig {
+  Backend backend;
+  unsigned depth;
+  size_t block_nbytes;
+  unsigned num_tiles;
+  uint64_t tile_numel;
+  char* buffer;  // update_buffer_nbytes of it, on a 4 KiB boundary, lent until close()
+  const KernelSet* kernels;
+};
+
+uint64_t update_buffer_nbytes(unsigned num_tiles, uint64_t tile_numel);
+
+class UpdatePipeline {
+ public:
+  // Null and *error set to an errno when the I/O backend cannot start.
+  static std::unique_ptr<UpdatePipeline> create(const UpdateConfig& config, int* error);
+  ~UpdatePipeline();
+  UpdatePipeline(const UpdatePipeline&) = delete;
+  UpdatePipeline& operator=(const UpdatePipeline&) = delete;
+
+  // Queues a job that validate_job accepts; its memory and files must stay valid until it
+  // completes. False, and nothing queued, when the pipeline is closed. Any thread may call the
+  // functions here.
+  bool submit(UpdateJob job);
+
+  // Appends the completions that are there and returns how many.
+  size_t poll(std::vector<UpdateCompletion>& completions);
+
+  // Like poll, but sleeps until there is at least one, the timeout is over, or the pipeline is
+  // closed.
+  size_t wait(double timeout_s, std::vector<UpdateCompletion>& completions);
+
+  bool is_closed() const;
+
+  // Finishes what was submitted and joins the thread. Calling it again is a no-op.
+  void close();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  // A job from submit to completion.
+  struct Running {
+    UpdateJob job;
+    Clock::time_point submitted;
+    uint64_t next_element = 0;  // where the next tile begins
+    unsigned num_tiles = 0;     // in flight
+    UpdateCompletion completion = {};
+
+    bool has_failed() const { return completion.result < 0; }
+    bool has_tiles_left() const { return !has_failed() && next_element < job.numel; }
+    bool is_done() const { return num_tiles == 0 && !has_tiles_left(); }
+  };
+
+  struct Tile {
+    enum class Phase { kFree, kReading, kReady, kWriting };
+    Phase phase = Phase::kFree;
+    Running* running = nullptr;
+    uint64_t begin = 0;  // elements
+    uint64_t end = 0;
+    uint64_t sequence = 0;  // in the order of starting
+    uint64_t nbytes = 0;    // of the transfer in flight
+    bool has_ops = false;
+    char* buffer = nullptr;
+  };
+
+  UpdatePipeline(const UpdateConfig& config, std::unique_ptr<IoQueue> queue);
+
+  void run();
+  bool admit_jobs();
+  bool overlaps_running(const UpdateJob& job) const;
+  Running* next_to_start();
+  void start_tiles();
+  void start_tile(Tile& tile, Running& running);
+  bool is_read(const Tile& tile, int plane) const;
+  char* tile_memory(const Tile& tile, int plane) const;
+  void start_transfer(Tile& tile, int op);
+  Tile* oldest_ready();
+  void compute(Tile& tile);
+  bool has_tiles_in_flight() const;
+  void reap(double timeout_s);
+  void finish_transfer(const IoCompletion& completion);
+  void fail(Running& running, const IoCompletion& completion);
+  void free_tile(Tile& tile);
+  void retire_jobs();
+
+  const UpdateConfig config_;
+  const std::unique_ptr<IoQueue> queue_;
+
+  // The worker's own; nobody else touches them.
+  std::deque<std::unique_ptr<Running>> running_;
+  std::vector<Tile> tiles_;
+  uint64_t next_sequence_ = 0;
+  std::vector<IoSegment> segments_;           // scratch
+  std::vector<IoCompletion> io_completions_;  // scratch
+
+  mutable std::mutex mutex_;
+  std::condition_variable submitted_;
+  std::condition_variable completed_;
+  // Guarded by mutex_.
+  std::deque<std::unique_ptr<Running>> inbox_;
+  std::vector<UpdateCompletion> completions_;
+  bool closing_ = false;
+  bool joined_ = false;
+
+  std::mutex close_mutex_;
+  std::thread worker_;
+};
+
+}  // namespace offload

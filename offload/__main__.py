@@ -1,0 +1,5 @@
+"""`python -m offload` is the command `offload`."""
+
+from offload.cli import main
+
+main()

@@ -1,0 +1,149 @@
+"""The native module: files, bytes and kernels. Addresses are ints, sizes are in bytes.
+
+Memory named by an address belongs to the caller and must stay valid until the work that uses it
+has completed. Functions that wait or compute release the GIL. Nothing here knows about torch.
+"""
+
+from collections.abc import Sequence
+from typing import Final, TypeAlias, final
+
+OP_READ: Final = 0
+OP_WRITE: Final = 1
+
+@final
+class IoQueue:
+    """Asynchronous file transfers with priorities; every transfer completes exactly once.
+
+    A transfer is cut into blocks of at most `block_nbytes` (a multiple of 4096), at most `depth`
+    of them in flight. `num_threads` counts for the backend "threads" only. Every method may be
+    called from any thread.
+
+    Raises OSError with the kernel's errno where the backend cannot start: EPERM, ENOSYS or ENOMEM
+    mean that io_uring is not to be had here and "threads" is the way. Raises ValueError for a
+    limit out of range: depth 1 to 4096, block_nbytes 4096 to 2**30, num_threads 1 to 256.
+    """
+
+    def __new__(cls, backend: str, depth: int, block_nbytes: int, num_threads: int) -> IoQueue: ...
+    def backend(self) -> str:
+        """Return "uring" or "threads"."""
+
+    def submit(
+        self, op: int, tag: int, priority: int, segments: Sequence[tuple[int, int, int, int]]
+    ) -> None:
+        """Queue one transfer of all segments (fd, offset, address, nbytes); never blocks.
+
+        Lower priority values run first, equal ones in order of submission. `tag` is any value of
+        0 to 2**64 - 1 and comes back with the completion. Raises RuntimeError after close().
+        """
+
+    def poll(self) -> list[tuple[int, int, int, int, float]]:
+        """Take the completions (tag, result, fd, offset, seconds) that are there.
+
+        `result` is the number of bytes moved in all segments, fd is -1 and offset 0; or it is
+        -errno of the first block that failed, with that block's fd and offset. After a failure
+        the other blocks may or may not have moved; none is moving any more. Reading past the end
+        of a file fails with ENODATA. `seconds` runs from submit to completion.
+        """
+
+    def wait(self, timeout_s: float) -> list[tuple[int, int, int, int, float]]:
+        """Like poll(), but sleep until there is a completion; [] on timeout or when closed.
+
+        Returns at once on a completion; signal handlers (Ctrl-C) run within 0.2 s.
+        """
+
+    def stats(self) -> dict[str, int]:
+        """Return totals: read_bytes, write_bytes, num_short (blocks continued after a short
+        transfer), num_retries (after EINTR or EAGAIN); and num_in_flight, the transfers that are
+        submitted and not completed."""
+
+    def close(self) -> None:
+        """Finish everything submitted, join the threads, discard completions. Idempotent.
+
+        Dropping the last reference does the same.
+        """
+
+def uring_probe() -> int:
+    """Return 0 where io_uring can be used, else -errno (-EPERM in many containers)."""
+
+def advise_malloc(retain_nbytes: int) -> None:
+    """Ask the C allocator to keep up to `retain_nbytes` of freed memory for reuse.
+
+    Large temporary tensors are otherwise mapped, zeroed by the kernel page by page, and unmapped
+    on every use. Afterwards blocks up to `retain_nbytes` (2 GiB at most) come from the heap, and
+    that much free memory at its top stays with the process: count it in the memory budget.
+    Process-wide, for blocks of the main arena; a hint, and a no-op where the C library is not
+    glibc. Call it once, early.
+    """
+
+# A plane for UpdatePipeline.submit: (address, read segments, write segments); a segment here is
+# (fd, offset, nbytes), in the order of the plane's bytes.
+_Extents: TypeAlias = Sequence[tuple[int, int, int]] | None
+_Plane: TypeAlias = tuple[int, _Extents, _Extents] | None
+
+@final
+class UpdatePipeline:
+    """Native worker that runs optimizer updates tile by tile: read, kernel, write.
+
+    The `buffer_nbytes` at `buffer_address` hold the tiles, at least
+    update_buffer_nbytes(num_tiles, tile_numel) of them; `tile_numel` is a multiple of 4096;
+    `isa` is "auto", "portable", "avx2" or "avx512". The other arguments are IoQueue's.
+    Raises OSError where the I/O backend cannot start, ValueError for an argument out of range.
+    """
+
+    def __new__(
+        cls,
+        backend: str,
+        depth: int,
+        block_nbytes: int,
+        num_tiles: int,
+        tile_numel: int,
+        buffer_address: int,
+        buffer_nbytes: int,
+        isa: str,
+    ) -> UpdatePipeline: ...
+    def submit(
+        self, tag: int, format: int, numel: int, planes: Sequence[_Plane], ops: bytes
+    ) -> None:
+        """Queue one job; never blocks.
+
+        `format` is 0 for fp32 and 1 for exact; `numel` is a multiple of 4096. `planes` are
+        weight, residue, exp_avg, exp_avg_sq, grad and grad_lo, None where the format or the job
+        has none. A plane with an address lies there whole, read segments are read into it first
+        and write segments written from it after; without one (0) it goes through the tiles.
+        `ops` is a packed array of records '<qqiidddddddq': begin, end (elements), kernel (0 is
+        AdamW), flags (1 is maximize), lr, beta1, beta2, eps, weight_decay, grad_scale, 0.0, step.
+        Elements that no record covers keep their state.
+        """
+
+    def poll(self) -> list[tuple[int, int, int, int, int, int, float, float]]:
+        """Take the completions that are there, as rows of (tag, result, fd, offset, read_bytes,
+        write_bytes, seconds, kernel_seconds); result is 0, or -errno with the fd and offset."""
+
+    def wait(self, timeout_s: float) -> list[tuple[int, int, int, int, int, int, float, float]]:
+        """Like poll(), but sleep until there is a completion; [] on timeout or when closed."""
+
+    def close(self) -> None:
+        """Finish the submitted jobs and join the threads. Idempotent."""
+
+def update_buffer_nbytes(num_tiles: int, tile_numel: int) -> int:
+    """Return the bytes of tile buffers that an UpdatePipeline needs."""
+
+def split_fp32(src: int, weight: int, residue: int, numel: int) -> None:
+    """Split fp32 `src` into bf16 `weight` and the 16 low bits `residue`, without loss."""
+
+def join_fp32(weight: int, residue: int, dst: int, numel: int) -> None:
+    """Undo split_fp32; an address of 0 for `residue` means low bits of zero."""
+
+def grad_land(dst: int, dst_lo: int, src: int, numel: int, kind: int, mode: int) -> float:
+    """Put gradient `src` into `dst` (and its low half `dst_lo`, or 0 for none).
+
+    `kind` 0 is bf16, 1 is fp32; `mode` 0 sets, 1 accumulates in fp32 (kind 0 needs `dst_lo`),
+    2 accumulates in the plane's dtype. Returns the sum of squares of the resulting values in
+    float64, the same on every machine.
+    """
+
+def sum_squares(src: int, src_lo: int, numel: int, kind: int) -> float:
+    """Return the sum of squares of a gradient plane in grad_land's fixed order."""
+
+def isa() -> str:
+    """Return the instruction set the kernels use here: "portable", "avx2" or "avx512"."""

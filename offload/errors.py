@@ -1,0 +1,61 @@
+"""Errors are part of the interface: each says what failed, which object, and what to do about it.
+
+Operating errors (disk, memory, numbers) are for the user to act on. StateError means that the program
+asked for something in an order that cannot be right.
+"""
+
+from __future__ import annotations
+
+import errno as errno_names
+import os
+
+
+class OffloadError(Exception):
+    """Base of every error that offload raises on purpose."""
+
+
+class PolicyError(OffloadError, ValueError):
+    """A key or value of the YAML is unknown or impossible; the text names the key's path."""
+
+
+class BudgetError(OffloadError):
+    """The model does not fit the stated budgets; the text has the sum and the nearest setting that fits."""
+
+
+class StateError(OffloadError, RuntimeError):
+    """An operation that is not possible in the present state, such as a second engine on one model."""
+
+
+class NumericsError(OffloadError, ArithmeticError):
+    """A gradient is NaN or Inf, or code read a weight that was not in memory."""
+
+
+class StorageError(OffloadError, OSError):
+    """An I/O operation failed. Carries errno, path, offset (bytes), chunk name, and a remedy in the text."""
+
+    def __init__(
+        self, code: int, action: str, *, path: str, offset: int = -1, chunk: str = "", remedy: str = ""
+    ) -> None:
+        self.path = path
+        self.offset = offset
+        self.chunk = chunk
+        where = f" at offset {offset}" if offset >= 0 else ""
+        whose = f" (chunk {chunk})" if chunk else ""
+        name = errno_names.errorcode.get(code, str(code))
+        text = f"{action} {path}{where}{whose} failed: {name}, {os.strerror(code)}. "
+        super().__init__(code, text + (remedy or _remedy(code)))
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+def _remedy(code: int) -> str:
+    return {
+        errno_names.ENOSPC: "Free space on this drive, or name another path in tiers.nvme.paths.",
+        errno_names.EROFS: "Name a writable path in tiers.nvme.paths.",
+        errno_names.EACCES: "Give this user write access, or name another path in tiers.nvme.paths.",
+        errno_names.ENOENT: "Create the folder, or name an existing one in tiers.nvme.paths.",
+        errno_names.ENODATA: "The swap file is shorter than it was made; something truncated it. Start the run again.",
+        errno_names.EIO: "The drive reports a failure; check `dmesg` and SMART, and move the run to another drive.",
+        errno_names.EINVAL: "The file system refused direct I/O with this alignment; run `offload doctor` on the path.",
+    }.get(code, "Check the drive and the file system, then start the run again.")

@@ -1,0 +1,434 @@
+"""The main job: fine-tune a causal language model on text, as one YAML file says."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+
+import offload
+from offload import machine
+from offload.data import Batches, Corpus, DataSection, Tokenizer, prepare_corpus
+from offload.errors import NumericsError, PolicyError
+from offload.policy import OffloadPolicy, Section, load_config
+from offload.progress import Bar, JsonlLog, Reporter, short_nbytes
+from offload.sources import (
+    ModelSection,
+    ModelSource,
+    build_on_meta,
+    open_source,
+    quiet_transformers,
+    run_child,
+)
+
+LOG_NAME = "log.jsonl"
+EAGER = "eager: no clipping, no accumulation, so each update starts when its gradient lands"
+DEFERRED = (
+    "deferred: clipping or accumulation needs all gradients first, then the next forward hides it"
+)
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads 1e-4 as a string; take it for the number that was meant."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class TrainSection(Section):
+    """How to train. One optimizer step takes batch_size * accumulation sequences."""
+
+    steps: Count = Field(description="an integer from 1: optimizer steps")
+    batch_size: Count = Field(default=2, description="an integer from 1: sequences per backward")
+    accumulation: Count = Field(default=1, description="an integer from 1: backwards per step")
+    lr: Number = Field(default=1e-4, gt=0.0, description="a number above 0: the highest rate")
+    weight_decay: Number = Field(
+        default=0.0,
+        ge=0.0,
+        description="a number from 0; acts on matrices, not on norms and biases",
+    )
+    betas: tuple[Number, Number] = Field(
+        default=(0.9, 0.999), strict=False, description="two numbers from 0 to below 1"
+    )
+    warmup: int = Field(
+        default=0, ge=0, description="an integer from 0: steps in which the rate rises from 0"
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="cosine", description="linear, cosine (both fall to 0) or constant"
+    )
+    clip: Number | None = Field(
+        default=None, gt=0.0, description="a number above 0: the largest gradient norm; null: none"
+    )
+    seed: int = Field(default=0, ge=0, description="an integer from 0: order of the text, dropout")
+    eval_batches: Count = Field(
+        default=16, description="an integer from 1: batches of held-out text per validation"
+    )
+
+
+class OutputSection(Section):
+    """What to leave behind."""
+
+    folder: Annotated[Path, BeforeValidator(lambda value: Path(str(value)).expanduser())] = Field(
+        description="a folder for the trained model, its tokenizer and log.jsonl"
+    )
+    overwrite: bool = Field(default=False, description="true or false: replace an earlier result")
+    prompt: str = Field(default="The ", min_length=1, description="a text that samples continue")
+    sample_tokens: int = Field(
+        default=32, ge=0, description="an integer from 0: length of a sample; 0: no samples"
+    )
+
+
+class FinetuneConfig(OffloadPolicy):
+    """A fine-tuning job: the keys of OffloadPolicy, and model, data, train and output."""
+
+    model: ModelSection = Field(description="a mapping with one of path, package and random")
+    data: DataSection = Field(description="a mapping with one of paths, package and builtin")
+    train: TrainSection = Field(description="a mapping with steps, batch_size, lr and more")
+    output: OutputSection = Field(description="a mapping with folder, and prompt and more")
+
+    def policy(self) -> OffloadPolicy:
+        """The policy of the run; `auto` updates are eager where no step needs all gradients."""
+        kept = {name: getattr(self, name) for name in OffloadPolicy.model_fields}
+        if self.optimizer.update == "auto" and self.steps_alone:
+            kept["optimizer"] = self.optimizer.model_copy(update={"update": "eager"})
+        return OffloadPolicy(**kept)
+
+    @property
+    def steps_alone(self) -> bool:
+        """Whether a gradient is final as soon as it lands: no clipping, no accumulation."""
+        return self.train.clip is None and self.train.accumulation == 1
+
+
+def load_finetune(
+    source: str | Path | Mapping[str, object], overrides: Sequence[str] = ()
+) -> FinetuneConfig:
+    """Return the job of a YAML file or mapping. Raises PolicyError with a line per bad key."""
+    config = load_config(FinetuneConfig, source, overrides)
+    if config.optimizer.update == "eager" and not config.steps_alone:
+        raise PolicyError(
+            "optimizer.update: eager updates a weight as soon as its gradient lands, which rules "
+            "out "
+            "train.clip and train.accumulation above 1. Set optimizer.update to auto or deferred."
+        )
+    return config
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a job came to. Losses are mean nats per token on the held-out text."""
+
+    loss_before: float
+    loss_after: float | None  # None where the job was interrupted
+    num_steps: int
+    train_seconds: float
+    peak_rss_nbytes: int
+    folder: Path
+
+
+def run(config: FinetuneConfig, reporter: Reporter) -> Result:
+    """Run a job from start to end. Blocks until done; Ctrl-C ends it after the step under way."""
+    baseline = machine.rss()
+    _check_output(config.output)
+    with quiet_transformers():
+        return _Job(config, reporter, baseline).run()
+
+
+def plan_job(config: FinetuneConfig, reporter: Reporter) -> Any:
+    """Return the Plan of a job. Builds the model without weights."""
+    with quiet_transformers():
+        source = open_source(config.model, lambda text: reporter.say("model", text))
+        policy = config.policy()
+        return offload.plan_for(meta_model(source, policy), policy)
+
+
+def _check_output(output: OutputSection) -> None:
+    """Refuse to write over something before any work is done."""
+    folder = output.folder
+    if folder.exists() and not folder.is_dir():
+        raise PolicyError(f"output.folder: {folder} is a file. Name a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not output.overwrite:
+        raise PolicyError(
+            f"output.folder: {folder} is not empty. Name another, or add --set "
+            "output.overwrite=true."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+class _Job:
+    """One run. Its methods are the steps that the user sees, in order."""
+
+    def __init__(self, config: FinetuneConfig, reporter: Reporter, baseline_nbytes: int) -> None:
+        self.config = config
+        self.train = config.train
+        self.policy = config.policy()
+        self.reporter = reporter
+        self.baseline_nbytes = baseline_nbytes
+
+    def run(self) -> Result:
+        torch.manual_seed(self.train.seed)
+        source = open_source(self.config.model, lambda text: self.reporter.say("model", text))
+        corpus = self._prepare_text(source)
+        folder = self.config.output.folder
+        with JsonlLog(folder / LOG_NAME) as log, start_engine(source, self.policy) as engine:
+            self._say_setup(source, engine)
+            log.write("start", config=self.config.model_dump(mode="json"), plan=str(engine.plan))
+            result = self._train_and_compare(engine, source, corpus, log)
+            memory = engine.memory()
+            self.reporter.say("saving", f"the trained model to {folder}")
+            engine.export(folder)
+            source.tokenizer.save_pretrained(folder)
+            self._say_memory(memory)
+        self.reporter.say("reloaded", f"by transformers: {run_child('check', folder)}")
+        return result
+
+    def _prepare_text(self, source: ModelSource) -> Corpus:
+        """Tokenise, or find it done."""
+        data = self.config.data
+        with contextlib.ExitStack() as stack:
+            bars: list[Bar] = []
+
+            def show(done: int, total: int) -> None:
+                if not bars:
+                    bars.append(stack.enter_context(self.reporter.bar("tokenising", total)))
+                bars[0].update(done)
+
+            corpus = prepare_corpus(data, source.tokenizer, source.tokenizer_identity, show)
+        self.reporter.say(
+            "text",
+            f"{corpus.num_files} files, {corpus.train.num_tokens:,} tokens to train on, the last "
+            f"{data.validation_fraction:.0%} of each file held out "
+            f"({corpus.validation.num_tokens:,} "
+            f"tokens){', tokenised earlier' if corpus.was_cached else ''}",
+        )
+        return corpus
+
+    def _say_setup(self, source: ModelSource, engine: Any) -> None:
+        self.reporter.say("model", source.label)
+        self.reporter.say("plan", str(engine.plan))
+        if self.config.optimizer.update == "auto":
+            self.reporter.say("updates", EAGER if self.config.steps_alone else DEFERRED)
+
+    def _train_and_compare(
+        self, engine: Any, source: ModelSource, corpus: Corpus, log: JsonlLog
+    ) -> Result:
+        size, length = self.train.batch_size, self.config.data.sequence_length
+        held_out = Batches(corpus.validation, length, size, self.train.seed)
+        batches = Batches(corpus.train, length, size, self.train.seed)
+        before = self._validate("before", engine, held_out, log)
+        self._sample("before", engine, source.tokenizer)
+        start = time.perf_counter()
+        num_steps = self._train(engine, batches, log)
+        train_seconds = time.perf_counter() - start
+        after = None
+        if num_steps == self.train.steps:
+            after = self._validate("after", engine, held_out, log)
+            self._sample("after", engine, source.tokenizer)
+            self.reporter.say(
+                "result", f"validation loss {before:.3f} -> {after:.3f} in {train_seconds:.0f} s"
+            )
+        return Result(
+            loss_before=before,
+            loss_after=after,
+            num_steps=num_steps,
+            train_seconds=train_seconds,
+            peak_rss_nbytes=machine.peak_rss(),
+            folder=self.config.output.folder,
+        )
+
+    def _validate(self, when: str, engine: Any, held_out: Batches, log: JsonlLog) -> float:
+        """Mean loss over the same held-out windows every time."""
+        batches = list(held_out.spread(self.train.eval_batches))
+        total = 0.0
+        with self.reporter.bar("validating", len(batches)) as bar, _evaluating(engine.model):
+            for done, batch in enumerate(batches, 1):
+                total += float(_loss(engine.model, batch)) * len(batch)
+                bar.update(done)
+        loss = total / sum(len(batch) for batch in batches)
+        self.reporter.say("validation", f"loss {loss:.4f} {when} training ({len(batches)} batches)")
+        log.write("validation", when=when, loss=loss)
+        return loss
+
+    def _sample(self, when: str, engine: Any, tokenizer: Tokenizer) -> None:
+        """Print what the model makes of the prompt, greedily."""
+        output = self.config.output
+        if output.sample_tokens:
+            text = sample(engine.model, tokenizer, output.prompt, output.sample_tokens)
+            self.reporter.say(f"sample {when}", f"{output.prompt}▸{text}")
+
+    def _train(self, engine: Any, batches: Batches, log: JsonlLog) -> int:
+        """Train and return how many steps were done: all, or those up to Ctrl-C."""
+        train = self.train
+        optimizer = make_optimizer(engine.model, train)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_share(i, train))
+        engine.model.train()
+        with self.reporter.bar("training", train.steps) as bar, _stop_on_interrupt() as stop:
+            for step in range(1, train.steps + 1):
+                start = time.perf_counter()
+                loss = self._step(engine, optimizer, batches, step)
+                scheduler.step()
+                seconds = time.perf_counter() - start
+                stats = engine.stats()
+                tokens = train.batch_size * train.accumulation * batches.sequence_length
+                shares = stats.shares()
+                bar.update(
+                    step, f"loss {loss:.3f}  {tokens / seconds:.0f} tokens/s  {_where(shares)}"
+                )
+                log.write(
+                    "step",
+                    step=step,
+                    loss=loss,
+                    step_seconds=seconds,
+                    tokens_per_s=tokens / seconds,
+                    shares=shares,
+                    nbytes=stats.nbytes,
+                )
+                if stop.is_requested:
+                    self.reporter.say("stopped", f"after step {step} of {train.steps}, as asked")
+                    return step
+        self._say_traffic(engine.stats().nbytes)
+        return train.steps
+
+    def _step(self, engine: Any, optimizer: Any, batches: Batches, step: int) -> float:
+        """One optimizer step; returns its mean loss. Raises NumericsError before a bad update."""
+        num = self.train.accumulation
+        total = 0.0
+        for part in range(num):
+            loss = _loss(engine.model, batches.batch((step - 1) * num + part)) / num
+            total += float(loss)
+            if not math.isfinite(total):
+                raise NumericsError(
+                    f"the loss of step {step} is {total}; the weights are as step {step - 1} "
+                    "left them. "
+                    "Lower train.lr, set train.clip, or look at the text."
+                )
+            torch.autograd.backward(loss)
+        if self.train.clip is not None:
+            engine.clip_grad_norm_(engine.model.parameters(), self.train.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    def _say_traffic(self, nbytes: Mapping[str, int]) -> None:
+        moved = ", ".join(
+            f"{name} {short_nbytes(count)}" for name, count in nbytes.items() if count
+        )
+        self.reporter.say("traffic", f"of the last step: {moved or 'none, all in memory'}")
+
+    def _say_memory(self, memory: Any) -> None:
+        peak, baseline = short_nbytes(machine.peak_rss()), short_nbytes(self.baseline_nbytes)
+        self.reporter.say(
+            "memory",
+            f"{memory}\npeak resident {peak}, of it {baseline} Python and libraries before the job",
+        )
+
+
+def start_engine(source: ModelSource, policy: OffloadPolicy) -> Any:
+    """Put a model on the tiers without ever having it whole in memory. Returns its engine."""
+    if source.folder is not None:
+        return offload.load_pretrained(source.folder, policy)
+    return offload.offload(meta_model(source, policy), policy, weights="init")
+
+
+def meta_model(source: ModelSource, policy: OffloadPolicy) -> torch.nn.Module:
+    """The model of a source without weights, in the dtype that the state format computes in."""
+    dtype = torch.float32 if policy.state.format == "fp32" else torch.bfloat16
+    model: torch.nn.Module = build_on_meta(source.config, dtype)
+    return model
+
+
+def make_optimizer(model: torch.nn.Module, train: TrainSection) -> Any:
+    """AdamW with weight decay on matrices only."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in wanted if p.dim() >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in wanted if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return offload.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=train.betas)
+
+
+def rate_share(index: int, train: TrainSection) -> float:
+    """The share of train.lr that step `index`, counted from 0, trains with."""
+    if index < train.warmup:
+        return (index + 1) / (train.warmup + 1)
+    left = 1.0 - (index - train.warmup) / max(1, train.steps - train.warmup)
+    shares = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    return max(0.0, shares[train.schedule])
+
+
+@torch.no_grad()
+def sample(model: torch.nn.Module, tokenizer: Tokenizer, prompt: str, num_tokens: int) -> str:
+    """Continue `prompt` greedily, by at most `num_tokens`. Runs the whole text at every token."""
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    num_given = len(ids)
+    with _evaluating(model):
+        while len(ids) < num_given + num_tokens:
+            given = torch.tensor([ids], device=_input_device(model))
+            chosen = int(model(input_ids=given, use_cache=False).logits[0, -1].argmax())
+            if chosen == tokenizer.eos_token_id:
+                break
+            ids.append(chosen)
+    return tokenizer.decode(ids[num_given:], skip_special_tokens=True)
+
+
+def _loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """Mean loss per token of int64 [batch, length]; every token but the first is predicted."""
+    batch = batch.to(_input_device(model))
+    loss: torch.Tensor = model(input_ids=batch, labels=batch, use_cache=False).loss
+    return loss
+
+
+def _input_device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@dataclasses.dataclass(slots=True)
+class _Stop:
+    is_requested: bool = False
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt() -> Iterator[_Stop]:
+    """Make the first Ctrl-C a request to stop after the step; the second interrupts at once."""
+    stop = _Stop()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_requested:
+            raise KeyboardInterrupt
+        stop.is_requested = True
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _where(shares: Mapping[str, float]) -> str:
+    """Where the time went, such as `compute 81 % | nvme read 11 %`, without what rounds to 0."""
+    shown = [f"{name} {share * 100:.0f} %" for name, share in shares.items() if share >= 0.005]
+    return " | ".join(shown)

@@ -1,0 +1,80 @@
+"""Typed face of the native I/O queue, and the choice of its backend."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+from collections.abc import Sequence
+
+from offload import _native
+from offload.errors import PolicyError
+
+READ = _native.OP_READ
+WRITE = _native.OP_WRITE
+QUEUE_DEPTH = 32
+BLOCK_NBYTES = 4 << 20  # virtio and NVMe take at most 1-4 MiB per request; larger blocks only wait
+NUM_THREADS = 4
+DEMAND, PREFETCH, WRITE_BACK = 0, 1, 2  # priorities: what compute waits for goes first
+
+logger = logging.getLogger("offload")
+Segment = tuple[int, int, int, int]  # fd, offset, address, nbytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class IoCompletion:
+    """What became of one transfer: `result` is the bytes moved, or -errno with the fd and offset that failed."""
+
+    tag: int
+    result: int
+    fd: int
+    offset: int
+    seconds: float
+
+
+class IoQueue:
+    """Submission and completion queue. `submit` never blocks; `wait` blocks without the GIL."""
+
+    def __init__(self, backend: str, *, depth: int = QUEUE_DEPTH, block_nbytes: int = BLOCK_NBYTES) -> None:
+        self._queue = _native.IoQueue(backend, depth, block_nbytes, NUM_THREADS)
+        self.backend = backend
+
+    def submit(self, op: int, tag: int, segments: Sequence[Segment], priority: int = DEMAND) -> None:
+        """Start one transfer over all segments; it completes exactly once. Buffers must outlive it."""
+        self._queue.submit(op, tag, priority, segments)
+
+    def poll(self) -> list[IoCompletion]:
+        """Take what has completed; never blocks."""
+        return [IoCompletion(*row) for row in self._queue.poll()]
+
+    def wait(self, timeout_s: float) -> list[IoCompletion]:
+        """Block until something completes or the time is up."""
+        return [IoCompletion(*row) for row in self._queue.wait(timeout_s)]
+
+    def close(self) -> None:
+        """Wait for what is in flight and stop the threads. Idempotent."""
+        self._queue.close()
+
+
+_REFUSALS = (errno.EPERM, errno.ENOSYS, errno.ENOMEM, errno.EACCES, errno.EINVAL)
+
+
+def choose_backend(requested: str) -> tuple[str, str]:
+    """Return (backend, reason). `auto` takes io_uring where the kernel allows it, else threads.
+
+    Raises PolicyError where `uring` is demanded and refused.
+    """
+    if requested == "threads":
+        return "threads", "tiers.nvme.io is threads"
+    code = -_native.uring_probe()
+    if code == 0:
+        return "uring", "the kernel allows io_uring"
+    name = errno.errorcode.get(code, str(code))
+    if requested == "uring":
+        raise PolicyError(
+            f"tiers.nvme.io is uring, but the kernel refuses io_uring ({name}); a container's seccomp "
+            "profile or the sysctl kernel.io_uring_disabled forbids it. Set tiers.nvme.io to auto or threads."
+        )
+    if code not in _REFUSALS:
+        logger.warning("io_uring failed in an unusual way (%s)", name)
+    return "threads", f"the kernel refuses io_uring ({name}), so pread/pwrite threads do the I/O"

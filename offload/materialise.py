@@ -1,0 +1,247 @@
+"""How weights get into the tiers: from a model in RAM, from its modules' own initialisers, or from safetensors.
+
+All three fill one chunk at a time straight into its planes, so a model need never be whole in RAM.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload import io
+from offload.chunk import Chunk, ParamSpec
+from offload.engine import Engine
+from offload.errors import StateError
+from offload.formats import Plane, split_master
+from offload.tier import Link
+
+logger = logging.getLogger("offload")
+WeightSource = Callable[[ParamSpec, torch.Tensor], None]  # fills the tensor (shape of the parameter, fp32)
+
+
+def fill_chunk(engine: Engine, chunk: Chunk, source: WeightSource) -> None:
+    """Fill the weight and residue planes of a chunk from `source`, and zero its moments.
+
+    Peak extra memory: one parameter in fp32.
+    """
+    planes, staged = _stage(engine, chunk)
+    weight, residue = planes[Plane.WEIGHT], planes.get(Plane.RESIDUE)
+    for plane in planes.values():
+        plane.zero_()
+    for param in chunk.spec.params:
+        master = torch.empty(param.shape, dtype=torch.float32)
+        source(param, master)
+        _store(param, master.view(-1), weight, residue)
+    for plane, (slot, extent) in staged.items():
+        engine.move_plane(io.WRITE, extent, slot.region.address, chunk, cause=Link.WRITE.value)
+        slot.pool.release(slot)
+        del plane
+
+
+def _stage(engine: Engine, chunk: Chunk) -> tuple[dict[Plane, torch.Tensor], dict[Plane, Any]]:
+    """Flat tensors to fill: pinned planes in place, the others in borrowed slots that are written after."""
+    planes: dict[Plane, torch.Tensor] = {}
+    staged: dict[Plane, Any] = {}
+    for plane in (Plane.WEIGHT, Plane.RESIDUE):
+        if plane not in chunk.spec.state_planes(engine.plan.fmt):
+            continue
+        dtype, numel = engine.plan.fmt.dtypes[plane], chunk.spec.numel
+        if plane in chunk.pinned:
+            planes[plane] = chunk.pinned[plane].view(dtype, numel)
+        else:
+            slot = engine.borrow_slot(chunk)
+            staged[plane] = (slot, chunk.extents[plane])
+            planes[plane] = slot.region.view(dtype, numel)
+    return planes, staged
+
+
+def _store(
+    param: ParamSpec, master: torch.Tensor, weight: torch.Tensor, residue: torch.Tensor | None
+) -> None:
+    place = slice(param.offset, param.offset + param.numel)
+    if weight.dtype is torch.float32:
+        weight[place].copy_(master)
+    else:
+        low = residue[place] if residue is not None else torch.empty(param.numel, dtype=torch.uint16)
+        split_master(master, weight[place], low)
+
+
+# ---- a model in RAM -----------------------------------------------------------------------------------
+
+
+def from_memory(engine: Engine) -> None:
+    """Move the parameters' own values into the tiers, chunk by chunk; their storage is freed as it goes."""
+    for chunk in engine.chunks:
+        params = dict(zip(chunk.spec.params, chunk.params, strict=True))
+
+        def copy(spec: ParamSpec, target: torch.Tensor, params: Any = params) -> None:
+            target.copy_(params[spec].detach())
+
+        fill_chunk(engine, chunk, copy)
+        chunk.unbind()
+
+
+# ---- a model on meta ----------------------------------------------------------------------------------
+
+
+def make_real(chunk: Chunk) -> None:
+    """Turn meta parameters into real ones that hold placeholders; the Parameter objects stay the same."""
+    for position, param in enumerate(chunk.params):
+        if param.is_meta:
+            real = nn.Parameter(chunk.placeholder(position), requires_grad=param.requires_grad)
+            torch.utils.swap_tensors(param, real)
+    chunk.unbind()
+
+
+def from_initialisers(engine: Engine, model: nn.Module) -> None:
+    """Run the modules' own initialisers, chunk by chunk: `_init_weights` of Hugging Face, else reset_parameters."""
+    owners = _owners(model)
+    for chunk in engine.chunks:
+        make_real(chunk)
+    for chunk in engine.chunks:
+        values = {id(p): torch.empty(s.shape, dtype=torch.float32) for p, s in _pairs(chunk)}
+        for param, _ in _pairs(chunk):
+            param.data = values[id(param)]
+        for name, module in _modules_of(chunk, owners):
+            _initialise(model, name, module)
+        specs = {spec: param.data for param, spec in _pairs(chunk)}
+        fill_chunk(engine, chunk, lambda spec, target, specs=specs: target.copy_(specs[spec]))  # type: ignore[misc]
+        chunk.unbind()
+    materialise_buffers(model)
+
+
+def _pairs(chunk: Chunk) -> list[tuple[nn.Parameter, ParamSpec]]:
+    return list(zip(chunk.params, chunk.spec.params, strict=True))
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """The modules that directly own each parameter, by id."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for param in module._parameters.values():
+            if param is not None:
+                owners.setdefault(id(param), []).append((name, module))
+    return owners
+
+
+def _modules_of(
+    chunk: Chunk, owners: dict[int, list[tuple[str, nn.Module]]]
+) -> Iterable[tuple[str, nn.Module]]:
+    seen: dict[int, tuple[str, nn.Module]] = {}
+    for param in chunk.params:
+        name, module = owners[id(param)][0]  # a tied weight is initialised by its first owner
+        seen[id(module)] = (name, module)
+    return seen.values()
+
+
+def _initialise(model: nn.Module, name: str, module: nn.Module) -> None:
+    init_weights = getattr(model, "_init_weights", None)
+    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+    with torch.no_grad():
+        if callable(init_weights):
+            init_weights(module)
+        elif callable(reset):
+            reset()
+        else:
+            raise StateError(
+                f"module {name} ({type(module).__name__}) has parameters but no reset_parameters(); "
+                "build the model in RAM, or give offload(weights=...) a folder of safetensors."
+            )
+
+
+def materialise_buffers(model: nn.Module) -> None:
+    """Give buffers on meta their values again, by their module's own initialiser."""
+    for name, module in model.named_modules():
+        buffers = {k: b for k, b in module._buffers.items() if b is not None and b.is_meta}
+        if not buffers:
+            continue
+        for key, buffer in buffers.items():
+            module._buffers[key] = torch.full_like(buffer, float("nan") if buffer.is_floating_point() else 0, device="cpu")
+        _initialise(model, name, module)
+        for key in buffers:
+            buffer = module._buffers[key]
+            if buffer is not None and buffer.is_floating_point() and bool(buffer.isnan().any()):
+                raise StateError(
+                    f"buffer {name}.{key} is on meta and its module's initialiser does not set it; build the model "
+                    "with real buffers (torch.device('meta') only around parameters)."
+                )
+
+
+# ---- safetensors --------------------------------------------------------------------------------------
+
+
+class SafetensorsFolder:
+    """A Hugging Face folder of safetensors, read tensor by tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            self._files = json.loads(index.read_text())["weight_map"]
+        elif (folder / "model.safetensors").exists():
+            self._files = {key: "model.safetensors" for key in self._handle("model.safetensors").keys()}  # noqa: SIM118
+        else:
+            raise StateError(
+                f"{folder} holds no model.safetensors and no model.safetensors.index.json; "
+                "save the model with save_pretrained() first."
+            )
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            from safetensors import safe_open
+
+            self._open[file] = safe_open(self.folder / file, framework="pt")
+        return self._open[file]
+
+    def find(self, names: Sequence[str]) -> str:
+        """The first of a parameter's names that the folder has."""
+        for name in names:
+            if name in self._files:
+                return name
+        raise StateError(
+            f"{self.folder} has no tensor for parameter {names[0]} (tried {', '.join(names)}). "
+            "The checkpoint is of another architecture, or stores experts one by one: load it with transformers, "
+            "save_pretrained() it in the present layout, or wrap the model from RAM."
+        )
+
+    def read(self, name: str, target: torch.Tensor) -> None:
+        """Copy one tensor into `target` (same shape, any float dtype)."""
+        tensor = self._handle(self._files[name]).get_tensor(name)
+        if tensor.shape != target.shape:
+            raise StateError(
+                f"{self.folder}: tensor {name} has shape {tuple(tensor.shape)}, the model wants "
+                f"{tuple(target.shape)}."
+            )
+        target.copy_(tensor)
+
+
+def from_folder(engine: Engine, model: nn.Module, folder: Path) -> None:
+    """Read weights from a Hugging Face folder straight into the tiers."""
+    source = SafetensorsFolder(folder)
+    names = _all_names(model)
+    aliases = {id(p): names[id(p)] for chunk in engine.chunks for p in chunk.params}
+    for chunk in engine.chunks:
+        keys = {spec: source.find(aliases[id(param)]) for param, spec in _pairs(chunk)}
+        make_real(chunk)
+        fill_chunk(engine, chunk, lambda spec, target, keys=keys: source.read(keys[spec], target))  # type: ignore[misc]
+    materialise_buffers(model)
+
+
+def _all_names(model: nn.Module) -> dict[int, list[str]]:
+    """Every name of every parameter; a checkpoint may leave out the base model's prefix."""
+    names: dict[int, list[str]] = {}
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    for name, param in model.named_parameters(remove_duplicate=False):
+        row = names.setdefault(id(param), [])
+        row.append(name)
+        if prefix and name.startswith(f"{prefix}."):
+            row.append(name[len(prefix) + 1 :])
+    return names

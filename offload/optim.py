@@ -1,0 +1,132 @@
+"""Optimizers whose state lives in the tiers. They are torch.optim.Optimizers: param groups and schedulers work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from offload.chunk import Chunk
+from offload.errors import StateError
+from offload.routing import Owner, owner_of
+from offload.update import AdamWOp
+
+_Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with moments in the tiers.
+
+    Arithmetic is that of torch.optim.AdamW(fused=True) on the fp32 master. Create it inside the context:
+    every parameter must belong to one offloaded model. Hyperparameters are captured at step().
+    """
+
+    def __init__(
+        self,
+        params: _Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        _check_hyperparameters(lr, betas, eps, weight_decay)
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        self._owner = self._find_owner()
+        self._group_of = self._index_groups()
+        self._owner.attach(self)
+
+    def _find_owner(self) -> Owner:
+        owners = {id(owner): owner for owner in map(owner_of, self._all_params())}
+        if len(owners) != 1 or None in owners.values():
+            raise StateError(
+                "offload.AdamW takes the parameters of one offloaded model: create it inside "
+                "`with offload.offload(model, ...)`, from model.parameters()."
+            )
+        owner = next(iter(owners.values()))
+        if owner is None:
+            raise StateError("offload.AdamW was given no parameters.")
+        return owner
+
+    def _all_params(self) -> list[torch.Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _index_groups(self) -> dict[int, int]:
+        return {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if hasattr(self, "_group_of"):
+            self._group_of = self._index_groups()
+
+    def ops_for(self, chunk: Chunk, positions: Iterable[int], scales: dict[tuple[int, int], float]) -> list[AdamWOp]:
+        """The update of the given parameters of a chunk, with the present hyperparameters; counts their steps."""
+        ops = []
+        for position in sorted(positions):
+            spec, group_index = chunk.spec.params[position], self._group_of.get(id(chunk.params[position]))
+            if group_index is None:
+                continue
+            group = self.param_groups[group_index]
+            chunk.num_steps[position] += 1
+            ops.append(
+                AdamWOp(
+                    begin=spec.offset,
+                    end=spec.offset + spec.numel,
+                    step=chunk.num_steps[position],
+                    lr=float(group["lr"]),
+                    beta1=float(group["betas"][0]),
+                    beta2=float(group["betas"][1]),
+                    eps=float(group["eps"]),
+                    weight_decay=float(group["weight_decay"]),
+                    maximize=bool(group["maximize"]),
+                    grad_scale=scales.get((chunk.spec.index, position), 1.0),
+                )
+            )
+        return ops
+
+    def hyperparameters(self) -> list[tuple[Any, ...]]:
+        """What eager updates captured during backward must still be true at step()."""
+        keys = ("lr", "betas", "eps", "weight_decay", "maximize")
+        return [tuple(_plain(group[key]) for key in keys) for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Give every gradient that has landed to its update. Returns the closure's loss, or None.
+
+        Raises NumericsError, with nothing changed, where a gradient is not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._owner.optimizer_step(self)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what has landed. Gradients never stay on parameters, so there is nothing to set to zero."""
+        self._owner.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Param groups and step counts; the moments stay in the tiers."""
+        state: dict[str, Any] = super().state_dict()
+        state["num_steps"] = self._owner.step_counts(self._all_params())
+        return state
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _check_hyperparameters(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"AdamW: {name} is {value}; it must be 0 or more.")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"AdamW: betas are {betas}; both must be in [0, 1).")

@@ -1,0 +1,317 @@
+"""Where every byte will lie, decided before training starts. Pure functions: specs and budgets in, Plan out.
+
+RAM is a static cache of NVMe. A byte of weight pinned there saves three bytes of traffic a step (read twice,
+written once), a byte of any other plane saves two; static pinning beats LRU for a loop that visits everything
+(research: GreedySnake, FlexGen). What does not fit is refused here, with the sum and the nearest setting that fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from offload.chunk import NUMEL_MULTIPLE, ChunkSpec
+from offload.errors import BudgetError
+from offload.formats import Plane, StateFormat
+from offload.policy import OffloadPolicy, format_nbytes
+from offload.schedule import count_loads, default_order
+from offload.slots import HUGE_PAGE_NBYTES, round_up
+from offload.update import NUM_TILES, tile_buffer_nbytes
+
+WEIGHT_SLOTS_TARGET = 3  # one in use, one arriving, one being updated
+GRAD_SLOTS_TARGET = 3  # one landing, two waiting for the update worker
+_CLASS_RATIO = 0.6  # a chunk joins the class of a larger one if it fills this share of the slot
+_MIN_TILE_NUMEL = 65536
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSpec:
+    """One size class: equal slots for the weights and gradients of `members`."""
+
+    name: str
+    slot_nbytes: int
+    members: tuple[int, ...]
+    num_weight_slots: int
+    num_grad_slots: int
+    num_gpu_slots: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.slot_nbytes * (self.num_weight_slots + self.num_grad_slots)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All placement decisions of a run. `str(plan)` is for people."""
+
+    specs: tuple[ChunkSpec, ...]
+    fmt: StateFormat
+    pools: tuple[PoolSpec, ...]
+    pinned: frozenset[tuple[int, Plane]]
+    grads_resident: bool
+    eager: bool
+    tile_numel: int
+    tile_nbytes: int
+    cpu_budget_nbytes: int
+    uses_nvme: bool
+
+    def pool_of(self, index: int) -> PoolSpec:
+        return next(pool for pool in self.pools if index in pool.members)
+
+    def terms(self) -> list[tuple[str, int]]:
+        """The slab, item by item, in bytes; the engine carves exactly these arenas."""
+        rows = [("update tiles", self.tile_nbytes)]
+        for pool in self.pools:
+            rows.append((f"weight slots {pool.name}", pool.slot_nbytes * pool.num_weight_slots))
+            rows.append((f"gradient slots {pool.name}", pool.slot_nbytes * pool.num_grad_slots))
+        for plane in self.fmt.state_planes:
+            rows.append((f"pinned {plane.value}", self._pinned_nbytes(plane)))
+        return [row for row in rows if row[1]]
+
+    def _pinned_nbytes(self, plane: Plane) -> int:
+        return sum(
+            self.specs[index].nbytes(plane, self.fmt) for index, which in self.pinned if which is plane
+        )
+
+    @property
+    def slab_nbytes(self) -> int:
+        return sum(nbytes for _, nbytes in self.terms())
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of all persistent planes on all tiers."""
+        return sum(
+            spec.nbytes(plane, self.fmt) for spec in self.specs for plane in spec.state_planes(self.fmt)
+        )
+
+    def nvme_planes(self, spec: ChunkSpec) -> list[Plane]:
+        """The planes of a chunk that need an extent: unpinned state, and room for spilled gradients."""
+        if not self.uses_nvme:
+            return []
+        planes = [p for p in spec.state_planes(self.fmt) if (spec.index, p) not in self.pinned]
+        if spec.trainable and not self.grads_resident:
+            planes += self.fmt.grad_planes
+        return planes
+
+    @property
+    def nvme_nbytes(self) -> int:
+        return sum(spec.nbytes(p, self.fmt) for spec in self.specs for p in self.nvme_planes(spec))
+
+    def traffic(self, order: Sequence[int] | None = None) -> tuple[int, int]:
+        """Predicted (bytes read, bytes written) on NVMe per optimizer step with one backward, in steady state."""
+        order = list(order if order is not None else default_order([s.index for s in self.specs if not s.is_small]))
+        read = write = 0
+        for pool in self.pools:
+            members = [i for i in pool.members if (i, Plane.WEIGHT) not in self.pinned]
+            loads = count_loads([i for i in order if i in members], pool.num_weight_slots)
+            read += sum(loads[i] * self.specs[i].nbytes(Plane.WEIGHT, self.fmt) for i in loads)
+        for spec in self.specs:
+            update_read, update_write = self._update_traffic(spec)
+            read, write = read + update_read, write + update_write
+        return read, write
+
+    def _update_traffic(self, spec: ChunkSpec) -> tuple[int, int]:
+        """What a chunk's update moves beside the weight read, which a fetch pays for."""
+        if not (self.uses_nvme and spec.trainable):
+            return 0, 0
+        state = [p for p in spec.state_planes(self.fmt) if (spec.index, p) not in self.pinned]
+        write = sum(spec.nbytes(p, self.fmt) for p in state)
+        read = sum(spec.nbytes(p, self.fmt) for p in state if p is not Plane.WEIGHT)
+        spill = 0 if self.eager or self.grads_resident else spec.nbytes(Plane.GRAD, self.fmt)
+        return read + spill, write + spill
+
+    def __str__(self) -> str:
+        num_params = sum(spec.num_params for spec in self.specs)
+        lines = [
+            f"{num_params / 1e6:.1f} M parameters in {len(self.specs)} chunks, format {self.fmt.name} "
+            f"({self.fmt.state_itemsize} B/param): {format_nbytes(self.state_nbytes)} of state",
+            f"CPU slab {format_nbytes(self.slab_nbytes)} of {format_nbytes(self.cpu_budget_nbytes)} budget:",
+        ]
+        lines += [f"  {name:<28} {format_nbytes(nbytes):>12}" for name, nbytes in self.terms()]
+        if self.uses_nvme:
+            read, write = self.traffic()
+            lines.append(f"NVMe {format_nbytes(self.nvme_nbytes)} of swap files")
+            lines.append(
+                f"  per step about {format_nbytes(read)} read, {format_nbytes(write)} written "
+                f"({read / num_params:.1f} + {write / num_params:.1f} B/param)"
+            )
+        else:
+            lines.append("NVMe not used: everything rests in RAM")
+        return "\n".join(lines)
+
+
+def make_plan(
+    specs: Sequence[ChunkSpec], fmt: StateFormat, policy: OffloadPolicy, *, host_compute: bool
+) -> Plan:
+    """Place every plane under the budgets of `policy`.
+
+    Raises BudgetError with the itemised sum and the smallest budget that would do.
+    """
+    return _Planner(tuple(specs), fmt, policy, host_compute).plan()
+
+
+class _Planner:
+    """Tries the layouts from the fastest to the smallest, and takes the first that fits."""
+
+    def __init__(
+        self, specs: tuple[ChunkSpec, ...], fmt: StateFormat, policy: OffloadPolicy, host_compute: bool
+    ) -> None:
+        self.specs, self.fmt, self.policy = specs, fmt, policy
+        self.host_compute = host_compute
+        self.budget = policy.tiers.cpu.budget
+        self.has_nvme = policy.tiers.nvme is not None
+        self.tile_numel = _tile_numel(specs, policy)
+        self.small = frozenset((s.index, Plane.WEIGHT) for s in specs if s.is_small)
+
+    def plan(self) -> Plan:
+        if self.policy.tiers.cpu.pin != False:  # noqa: E712  three values: auto, true, false
+            everything = self._all_in_ram()
+            if everything is not None:
+                return everything
+        if not self.has_nvme:
+            raise self._refusal(self._ram_only(extra_lo=False).slab_nbytes, "tiers.nvme.paths is not set")
+        plan = self._smallest()
+        if round_up(plan.slab_nbytes, HUGE_PAGE_NBYTES) > self.budget:
+            raise self._refusal(plan.slab_nbytes, "with one slot per size class and nothing pinned")
+        plan = self._grow_slots(plan)
+        return plan if self.policy.tiers.cpu.pin == False else self._pin(plan)  # noqa: E712
+
+    def _refusal(self, nbytes: int, case: str) -> BudgetError:
+        needed = round_up(nbytes, HUGE_PAGE_NBYTES)
+        plan = self._smallest() if self.has_nvme else self._ram_only(extra_lo=False)
+        rows = "; ".join(f"{name} {format_nbytes(n)}" for name, n in plan.terms())
+        other = "" if self.has_nvme else ", or name a drive in tiers.nvme.paths"
+        return BudgetError(
+            f"tiers.cpu.budget of {format_nbytes(self.budget)} is too small: {case} the model needs "
+            f"{format_nbytes(needed)} ({rows}). Set tiers.cpu.budget to at least "
+            f"{needed >> 20}MiB{other}."
+        )
+
+    def _base(self, **changes: object) -> Plan:
+        plan = Plan(
+            specs=self.specs,
+            fmt=self.fmt,
+            pools=(),
+            pinned=frozenset(),
+            grads_resident=False,
+            eager=self.policy.optimizer.update == "eager",
+            tile_numel=self.tile_numel,
+            tile_nbytes=round_up(tile_buffer_nbytes(self.tile_numel), NUMEL_MULTIPLE),
+            cpu_budget_nbytes=self.budget,
+            uses_nvme=self.has_nvme,
+        )
+        return dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
+
+    # Everything in RAM: no file is ever opened.
+
+    def _all_in_ram(self) -> Plan | None:
+        for extra_lo in (True, False):
+            plan = self._ram_only(extra_lo=extra_lo)
+            if round_up(plan.slab_nbytes, HUGE_PAGE_NBYTES) <= self.budget:
+                return plan
+        return None
+
+    def _ram_only(self, *, extra_lo: bool) -> Plan:
+        pinned = frozenset((s.index, p) for s in self.specs for p in s.state_planes(self.fmt))
+        per_chunk = len(self.fmt.grad_planes) if extra_lo else 1
+        pools = tuple(
+            self._pool(members, weight=0, grad=per_chunk * self._num_trainable(members))
+            for members in self._classes()
+        )
+        return self._base(pools=pools, pinned=pinned, grads_resident=True, uses_nvme=False)
+
+    # NVMe: the fewest slots first, then more slots, then pinned planes.
+
+    def _smallest(self) -> Plan:
+        cpu = self.policy.tiers.cpu
+        pools = []
+        for members in self._classes():
+            has_weights = any((i, Plane.WEIGHT) not in self.small for i in members)
+            weight = (cpu.weight_slots or 1) if has_weights else 0
+            grad = self._grad_slots(cpu.grad_slots or 1) if self._num_trainable(members) else 0
+            pools.append(self._pool(members, weight=weight, grad=grad))
+        return self._base(pools=tuple(pools), pinned=self.small)
+
+    def _grad_slots(self, num_gradients: int) -> int:
+        """Slots for that many landing gradients: one of them accumulating in two halves, and a bounce
+        buffer where gradients come from another device."""
+        bounce = 0 if self.host_compute else 1
+        return num_gradients - 1 + len(self.fmt.grad_planes) + bounce
+
+    def _grow_slots(self, plan: Plan) -> Plan:
+        cpu = self.policy.tiers.cpu
+        for which, target, fixed in (
+            ("num_weight_slots", WEIGHT_SLOTS_TARGET, cpu.weight_slots),
+            ("num_grad_slots", GRAD_SLOTS_TARGET, cpu.grad_slots),
+        ):
+            if fixed is not None:
+                continue
+            for position in range(len(plan.pools)):
+                plan = self._grow_pool(plan, position, which, target)
+        return plan
+
+    def _grow_pool(self, plan: Plan, position: int, which: str, target: int) -> Plan:
+        while True:
+            pool = plan.pools[position]
+            limit = min(target, len(pool.members))
+            count = getattr(pool, which)
+            if count == 0 or count >= limit:
+                return plan
+            pools = list(plan.pools)
+            pools[position] = dataclasses.replace(pool, **{which: count + 1})
+            larger = dataclasses.replace(plan, pools=tuple(pools))
+            if round_up(larger.slab_nbytes, HUGE_PAGE_NBYTES) > self.budget:
+                return plan
+            plan = larger
+
+    def _pin(self, plan: Plan) -> Plan:
+        """Pin planes while they fit: weights save 3 bytes of traffic per byte, the others 2."""
+        left = self.budget - HUGE_PAGE_NBYTES - plan.slab_nbytes
+        pinned = set(plan.pinned)
+        for plane in self.fmt.state_planes:
+            for spec in self.specs:
+                key, nbytes = (spec.index, plane), spec.nbytes(plane, self.fmt)
+                if plane in spec.state_planes(self.fmt) and key not in pinned and nbytes <= left:
+                    pinned.add(key)
+                    left -= nbytes
+        return dataclasses.replace(plan, pinned=frozenset(pinned))
+
+    def _num_trainable(self, members: Sequence[int]) -> int:
+        return sum(self.specs[i].trainable for i in members)
+
+    def _pool(self, members: tuple[int, ...], *, weight: int, grad: int) -> PoolSpec:
+        nbytes = max(self.specs[i].nbytes(Plane.WEIGHT, self.fmt) for i in members)
+        gpu = 0
+        if not self.host_compute:
+            gpu = min(WEIGHT_SLOTS_TARGET, len(members))
+        return PoolSpec(
+            name=self.specs[members[0]].name if len(members) == 1 else f"{len(members)}x{format_nbytes(nbytes)}",
+            slot_nbytes=nbytes,
+            members=members,
+            num_weight_slots=weight,
+            num_grad_slots=grad,
+            num_gpu_slots=gpu,
+        )
+
+    def _classes(self) -> list[tuple[int, ...]]:
+        """Group chunks by size, so that no slot is wasted on a chunk much smaller than it."""
+        ordered = sorted(self.specs, key=lambda spec: (spec.is_small, -spec.numel))
+        classes: list[list[ChunkSpec]] = []
+        for spec in ordered:
+            head = classes[-1][0] if classes else None
+            if head and head.is_small == spec.is_small and spec.numel >= _CLASS_RATIO * head.numel:
+                classes[-1].append(spec)
+            else:
+                classes.append([spec])
+        return [tuple(sorted(spec.index for spec in members)) for members in classes]
+
+
+def _tile_numel(specs: Sequence[ChunkSpec], policy: OffloadPolicy) -> int:
+    """The policy's tile, but no larger than a chunk, and the tiles together at most an eighth of the budget."""
+    tile = min(policy.optimizer.tile_numel, max(spec.numel for spec in specs))
+    while tile > _MIN_TILE_NUMEL and tile_buffer_nbytes(tile) * 8 > policy.tiers.cpu.budget:
+        tile //= 2
+    return round_up(tile, NUMEL_MULTIPLE)
+
+
+__all__ = ["NUM_TILES", "Plan", "PoolSpec", "make_plan"]

@@ -1,0 +1,151 @@
+"""Planes as tensors outside of training: export, inspection, gathered weights, and giving a model back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from offload import io
+from offload.chunk import Chunk
+from offload.engine import Engine
+from offload.errors import StateError
+from offload.formats import Plane, join_master
+from offload.slots import Slab
+from offload.tier import Link
+
+
+class PlaneReader:
+    """Copies planes out of the tiers and back. Each call finishes the chunk's pending update first."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._last: tuple[tuple[int, tuple[int, ...]], torch.Tensor] | None = None
+
+    def _read(self, chunk: Chunk, plane: Plane) -> torch.Tensor:
+        """A copy of one whole plane (numel,). Memory: the plane, twice for a moment where it lies on NVMe."""
+        engine, dtype = self._engine, self._engine.plan.fmt.dtypes[plane]
+        with engine.lock:
+            engine.finish_update(chunk, wait=True)
+            if plane in chunk.pinned:
+                return chunk.pinned[plane].view(dtype, chunk.spec.numel).clone()
+            with self._staging(chunk, plane) as buffer:
+                engine.move_plane(
+                    io.READ, chunk.extents[plane], buffer.data_ptr(), chunk, cause=Link.READ.value
+                )
+                return buffer.view(dtype).clone()
+
+    def _write(self, chunk: Chunk, plane: Plane, content: torch.Tensor) -> None:
+        engine, dtype = self._engine, self._engine.plan.fmt.dtypes[plane]
+        if plane in chunk.pinned:
+            chunk.pinned[plane].view(dtype, chunk.spec.numel).copy_(content)
+            return
+        with self._staging(chunk, plane) as buffer:
+            buffer.view(dtype).copy_(content)
+            engine.move_plane(
+                io.WRITE, chunk.extents[plane], buffer.data_ptr(), chunk, cause=Link.WRITE.value
+            )
+
+    @contextlib.contextmanager
+    def _staging(self, chunk: Chunk, plane: Plane) -> Iterator[torch.Tensor]:
+        """Aligned memory of one plane (uint8), outside the slab: none of its slots need be free here."""
+        nbytes = chunk.spec.nbytes(plane, self._engine.plan.fmt)
+        slab = Slab(nbytes)
+        try:
+            yield slab.tensor[:nbytes]
+        finally:
+            slab.close()
+
+    # ---- out ---------------------------------------------------------------------------------------
+
+    def master(self, chunk: Chunk) -> torch.Tensor:
+        """The fp32 master (numel,) of a chunk; where nothing is trained, its weights in fp32."""
+        weight = self._read(chunk, Plane.WEIGHT)
+        if weight.dtype is torch.float32:
+            return weight
+        if Plane.RESIDUE not in chunk.spec.state_planes(self._engine.plan.fmt):
+            return weight.float()
+        master = torch.empty(chunk.spec.numel, dtype=torch.float32)
+        join_master(weight, self._read(chunk, Plane.RESIDUE), master)
+        return master
+
+    def weights(self, chunk: Chunk, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        """A chunk's parameters by name: the weights of compute, or with dtype the master in that dtype."""
+        if dtype is None or dtype is self._engine.plan.fmt.weight_dtype:
+            flat = self._read(chunk, Plane.WEIGHT)
+        else:
+            flat = self.master(chunk).to(dtype)
+        return {
+            p.name: flat[p.offset : p.offset + p.numel].view(p.shape) for p in chunk.spec.params
+        }
+
+    def weight(self, chunk: Chunk, position: int) -> torch.Tensor:
+        """A copy of one parameter as compute sees it. Reads its chunk, or what the last call read of it."""
+        stamp = (chunk.spec.index, tuple(chunk.num_steps))
+        if self._last is None or self._last[0] != stamp:
+            self._last = (stamp, self._read(chunk, Plane.WEIGHT))
+        param = chunk.spec.params[position]
+        return self._last[1][param.offset : param.offset + param.numel].view(param.shape).clone()
+
+    def state(self, chunk: Chunk, position: int) -> dict[str, torch.Tensor]:
+        """Copies of one parameter's planes by name, in the parameter's shape."""
+        param = chunk.spec.params[position]
+        place = slice(param.offset, param.offset + param.numel)
+        return {
+            plane.value: self._read(chunk, plane)[place].view(param.shape)
+            for plane in chunk.spec.state_planes(self._engine.plan.fmt)
+        }
+
+    def give_back(self, chunk: Chunk, dtypes: dict[int, torch.dtype]) -> None:
+        """Give a chunk's parameters their own memory again, in the dtypes that they came with."""
+        wanted = {dtypes[id(param)] for param in chunk.params}
+        exact = torch.float32 in wanted
+        flat = self.master(chunk) if exact else self._read(chunk, Plane.WEIGHT)
+        for param, spec in zip(chunk.params, chunk.spec.params, strict=True):
+            piece = flat[spec.offset : spec.offset + spec.numel].view(spec.shape)
+            param.data = piece.to(dtypes[id(param)], copy=True)
+
+    # ---- out and back ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def gathered(self, indices: Sequence[int]) -> Iterator[None]:
+        """Show real weights in the parameters of these chunks; write back what changed."""
+        engine = self._engine
+        chunks = [engine.chunks[index] for index in indices]
+        engine.flush()
+        before = {}
+        for chunk in chunks:
+            if chunk.override is not None:
+                raise StateError(f"chunk {chunk.name} is gathered already; leave the inner gathered() first.")
+            before[chunk.spec.index] = self._read(chunk, Plane.WEIGHT)
+        for chunk in chunks:
+            chunk.override = before[chunk.spec.index].to(engine.device.torch_device, copy=True)
+            chunk.bind(chunk.override)
+        try:
+            yield
+        finally:
+            for chunk in chunks:
+                self._put_back(chunk, before[chunk.spec.index])
+
+    def _put_back(self, chunk: Chunk, before: torch.Tensor) -> None:
+        """Elements that were written become the new master; the others keep their low bits."""
+        override, chunk.override = chunk.override, None
+        if override is None:
+            raise StateError(f"chunk {chunk.name} was not gathered.")
+        if chunk.num_users and self._engine.device.is_host:
+            chunk.bind(self._engine.bound_weight(chunk.spec.index))
+        else:
+            chunk.unbind()
+        now = override.cpu()
+        integers = torch.int32 if now.dtype is torch.float32 else torch.int16
+        changed = now.view(integers) != before.view(integers)
+        if not bool(changed.any()):
+            return
+        self._engine.invalidate(chunk)
+        self._last = None
+        self._write(chunk, Plane.WEIGHT, now)
+        if Plane.RESIDUE in chunk.spec.state_planes(self._engine.plan.fmt):
+            residue = self._read(chunk, Plane.RESIDUE)
+            residue[changed] = 0
+            self._write(chunk, Plane.RESIDUE, residue)

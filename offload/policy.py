@@ -1,0 +1,407 @@
+"""Policy: what the YAML says, validated once and frozen. Limits are in bytes, modes are words.
+
+A policy holds no runtime state and takes no decision: "auto" and None are resolved by the planner.
+Values that the design names but that do nothing yet are refused, never accepted silently.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import ErrorDetails
+
+from offload.errors import PolicyError
+
+Config = TypeVar("Config", bound=BaseModel)
+NBYTES_MAX = 2**63 - 1  # a file offset is a signed 64-bit number
+TILE_ALIGN_NUMEL = 4096  # every tile of every plane then starts at a multiple of 4 KiB
+TILE_NUMEL_MAX = 2**24  # 320 MiB of worker buffer per tile at 20 bytes per element
+NUM_PATHS_MAX = 64
+
+_DECIMAL = {f"{letter}b": 1000**power for power, letter in enumerate("kmgtp", start=1)}
+_BINARY = {f"{letter}ib": 1024**power for power, letter in enumerate("kmgtp", start=1)}
+_UNITS = {"": 1, "b": 1, **_DECIMAL, **_BINARY}
+_SIZE = re.compile(r"\s*([0-9]{1,20}(\.[0-9]{1,20})?([eE]\+?[0-9]{1,2})?)\s*([A-Za-z]*)\s*")
+_REPR = reprlib.Repr()  # values in messages, cut at a readable length
+_REPR.maxstring = _REPR.maxother = 120
+
+
+def parse_nbytes(value: float | str) -> int:
+    """Return the bytes of 4096, "24GiB", "512 MiB", "1.5GB" or "100e6"; a fraction rounds down.
+
+    Raises PolicyError for anything that is not a size from 0 to NBYTES_MAX.
+    """
+    nbytes: Fraction | None = None
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value)
+        if match and match[4].lower() in _UNITS:
+            nbytes = Fraction(match[1]) * _UNITS[match[4].lower()]
+    elif not isinstance(value, bool) and (
+        isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    ):  # YAML reads 1.0e+9 as a float
+        nbytes = Fraction(value)
+    if nbytes is None or not 0 <= nbytes <= NBYTES_MAX:
+        raise PolicyError(
+            f"{_show(value)} is not a size: give bytes as an integer, or a number with a unit, "
+            "such as 24GiB, 512MiB or 1.5GB"
+        )
+    return int(nbytes)
+
+
+def format_nbytes(nbytes: int) -> str:
+    """Return the size in the largest binary unit that shows it exactly in at most three decimals.
+
+    Exact, so that a size from a message can be pasted into the YAML: parse_nbytes reads it back.
+    """
+    for letter, power in zip("PTGMK", range(5, 0, -1), strict=True):
+        milli, rest = divmod(abs(nbytes) * 1000, 1024**power)
+        if milli >= 1000 and rest == 0:
+            whole = f"{milli // 1000}.{milli % 1000:03d}".rstrip("0").rstrip(".")
+            return f"{'-' * (nbytes < 0)}{whole}{letter}iB"
+    return f"{nbytes}B"
+
+
+def _not_yet(*values: str | bool) -> BeforeValidator:
+    """Refuse values whose behaviour does not exist yet, and say so."""
+
+    def refuse(value: object) -> object:
+        if any(type(value) is type(known) and value == known for known in values):
+            raise ValueError(f"{_show(value)} is not available yet")
+        return value
+
+    return BeforeValidator(refuse)
+
+
+def _yaml_off(value: object) -> object:
+    return "off" if value is False else value  # YAML 1.1 reads a bare off as false
+
+
+def _absolute_paths(value: object) -> tuple[Path, ...]:
+    """Return folders with ~ expanded, relative to the working directory; refuse one named twice."""
+    if not isinstance(value, list | tuple) or not all(
+        path and isinstance(path, str | Path) for path in value
+    ):
+        raise ValueError(f"{_show(value)} is not a list of folders, such as [/mnt/a/swap]")
+    try:
+        paths = tuple(Path(path).expanduser().absolute() for path in value)
+    except RuntimeError as error:  # ~name where no such user exists
+        raise ValueError(f"{_show(value)}: {error}") from error
+    if not 1 <= len(paths) <= NUM_PATHS_MAX:
+        raise ValueError(f"{_show(value)} names {len(paths)} folders")
+    if len({os.path.realpath(path) for path in paths}) != len(paths):
+        raise ValueError(f"{_show(value)} names one folder twice")
+    return paths
+
+
+Nbytes = Annotated[
+    int,
+    BeforeValidator(parse_nbytes),
+    Field(gt=0),
+    WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string"}]}),
+]
+
+
+class Section(BaseModel):
+    """A frozen mapping of the YAML: unknown keys are errors, types are taken at their word."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class GpuPolicy(Section):
+    """The compute device and what it may hold."""
+
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?|standin)$",
+        description="auto (CUDA if present, else the CPU), cpu, cuda, cuda:N, "
+        "or standin (a GPU imitated on the CPU)",
+    )
+    budget: Nbytes | None = Field(
+        default=None,
+        description="a size above 0 that the GPU tier may hold, or null for what is free",
+    )
+
+
+class CpuPolicy(Section):
+    """Host memory."""
+
+    budget: Nbytes = Field(description="a size above 0: the most host memory that the run may use")
+    pin: Literal["auto"] | bool = Field(
+        default="auto",
+        description="auto (pin where CUDA is in use), true or false: page-lock the host memory",
+    )
+    weight_slots: int | None = Field(
+        default=None,
+        ge=1,
+        description="an integer from 1: chunks of weights in host memory at once; null: planned",
+    )
+    grad_slots: int | None = Field(
+        default=None,
+        ge=1,
+        description="an integer from 1: chunks of gradients in host memory at once; null: planned",
+    )
+
+
+class NvmePolicy(Section):
+    """Swap files, striped over one folder per drive."""
+
+    paths: Annotated[tuple[Path, ...], BeforeValidator(_absolute_paths)] = Field(
+        min_length=1,
+        max_length=NUM_PATHS_MAX,
+        description=f"a list of 1 to {NUM_PATHS_MAX} different folders, one per drive",
+    )
+    budget: Nbytes | None = Field(
+        default=None,
+        description="a size above 0 that the swap files may take in all, or null for what is free",
+    )
+    io: Literal["auto", "uring", "threads"] = Field(
+        default="auto",
+        description="auto (io_uring where the kernel allows it, else threads), uring or threads",
+    )
+    checksum: Annotated[Literal[False], _not_yet(True)] = Field(
+        default=False, description="false; blocks are not verified by checksum yet"
+    )
+
+
+class TiersPolicy(Section):
+    """The three tiers."""
+
+    gpu: GpuPolicy = Field(default=GpuPolicy(), description="a mapping: the compute device")
+    cpu: CpuPolicy = Field(description="a mapping with budget: host memory")
+    nvme: NvmePolicy | None = Field(
+        default=None, description="a mapping with paths: the drives, or null for none"
+    )
+
+
+class StatePolicy(Section):
+    """Which planes a parameter has, and their dtypes."""
+
+    format: Annotated[Literal["exact", "fp32"], _not_yet("bf16", "int8")] = Field(
+        default="exact", description="exact (bf16 weights with the low bits beside them) or fp32"
+    )
+
+
+class OptimizerPolicy(Section):
+    """When and in what portions optimizer steps run."""
+
+    update: Literal["auto", "eager", "deferred"] = Field(
+        default="auto",
+        description="auto, eager (overlaps backward, no clipping) "
+        "or deferred (overlaps the next forward)",
+    )
+    tile_numel: int = Field(
+        default=1048576,
+        ge=TILE_ALIGN_NUMEL,
+        le=TILE_NUMEL_MAX,
+        multiple_of=TILE_ALIGN_NUMEL,
+        description=f"a multiple of {TILE_ALIGN_NUMEL} up to {TILE_NUMEL_MAX}: "
+        "elements that the worker updates at once",
+    )
+
+
+class ActivationsPolicy(Section):
+    """What a block keeps between forward and backward."""
+
+    policy: Annotated[Literal["auto", "recompute", "keep"], _not_yet("offload")] = Field(
+        default="auto", description="auto (recompute where a block allows it), recompute or keep"
+    )
+    micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto",
+        description="auto, or an integer from 1: samples that a block computes at once",
+    )
+
+
+class OffloadPolicy(Section):
+    """Everything that the YAML says. Prefer load_policy: it reads files, and raises PolicyError."""
+
+    tiers: TiersPolicy = Field(description="a mapping with cpu, and gpu and nvme as needed")
+    state: StatePolicy = Field(default=StatePolicy(), description="a mapping with format")
+    optimizer: OptimizerPolicy = Field(
+        default=OptimizerPolicy(), description="a mapping with update, tile_numel"
+    )
+    activations: ActivationsPolicy = Field(
+        default=ActivationsPolicy(), description="a mapping with policy, micro_batch"
+    )
+    durability: Annotated[Literal["off"], BeforeValidator(_yaml_off), _not_yet("step", True)] = (
+        Field(default="off", description="off; a crash loses the run: export what you want to keep")
+    )
+
+
+def load_policy(
+    source: str | Path | Mapping[str, object] | OffloadPolicy, overrides: Sequence[str] = ()
+) -> OffloadPolicy:
+    """Return the policy of a YAML file, a mapping or a policy, with overrides applied.
+
+    An override is "key.path=YAML value", such as "tiers.cpu.budget=24GiB". Raises PolicyError with
+    a line per bad key: its path, value, what is accepted, and for an unknown key the nearest one.
+    """
+    return load_config(OffloadPolicy, source, overrides)
+
+
+def load_config(
+    schema: type[Config],
+    source: str | Path | Mapping[str, object] | OffloadPolicy,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """Do what load_policy does for any schema whose fields have descriptions."""
+    name, tree = _read_source(source, schema)
+    origins = {_apply_override(tree, override): override for override in overrides}
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        problems: dict[str, str] = {}
+        for detail in error.errors(include_url=False):
+            path, problem = _describe(detail, schema)
+            # A union reports each of its members: one line is enough.
+            problems.setdefault(path, problem + _blame(path, origins))
+        lines = [f"{path}: {problem}" for path, problem in problems.items()]
+        raise PolicyError(f"policy {name}: " + "\n  ".join(lines)) from error
+
+
+def policy_schema() -> dict[str, Any]:
+    """Return the JSON schema of the YAML, for editors and documentation."""
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **OffloadPolicy.model_json_schema()}
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice; PyYAML alone would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"key {key.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
+        return cast(dict[Any, Any], super().construct_mapping(node, deep))
+
+
+def _load_yaml(text: str | bytes, name: str) -> object:
+    try:
+        return yaml.load(text, _Loader)  # safe: a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-99-99
+        raise PolicyError(f"{name}: not valid YAML: {error}") from error
+
+
+def _read_source(
+    source: str | Path | Mapping[str, object] | OffloadPolicy, schema: type[BaseModel]
+) -> tuple[str, dict[Any, Any]]:
+    """Return what to call the source in messages, and its content as dicts of our own."""
+    if isinstance(source, OffloadPolicy):
+        return "object", source.model_dump()
+    if isinstance(source, Mapping):
+        return "mapping", _own_dicts(source, depth=3)
+    name = str(source)
+    try:
+        data = Path(source).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise PolicyError(f"policy {name}: cannot be read as a YAML file: {error}") from error
+    tree = _load_yaml(data, f"policy {name}")
+    if not isinstance(tree, dict):
+        raise PolicyError(
+            f"policy {name}: {_show(tree)} is not a mapping; "
+            f"accepted keys: {', '.join(schema.model_fields)}"
+        )
+    return name, tree
+
+
+def _own_dicts(tree: Mapping[Any, Any], depth: int) -> dict[Any, Any]:
+    """Copy mappings to dicts, as deep as the keys go: what lies below may be cyclic."""
+    return {
+        key: _own_dicts(value, depth - 1) if depth > 1 and isinstance(value, Mapping) else value
+        for key, value in tree.items()
+    }
+
+
+def _apply_override(tree: dict[Any, Any], override: str) -> str:
+    """Set one "key.path=YAML value" in the tree and return its key path."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise PolicyError(
+            f"override {override!r}: write key.path=value, such as tiers.cpu.budget=24GiB"
+        )
+    value = _load_yaml(text, f"override {override!r}")
+    for depth, key in enumerate(keys[:-1], start=1):
+        child = tree.get(key)
+        child = child.model_dump() if isinstance(child, BaseModel) else child
+        if child is not None and not isinstance(child, Mapping):
+            raise PolicyError(
+                f"override {override!r}: {'.'.join(keys[:depth])} is {_show(child)}, "
+                "which has no keys below it"
+            )
+        tree[key] = dict(child or {})  # a copy: below the third level the dict may be the caller's
+        tree = tree[key]
+    tree[keys[-1]] = value
+    return ".".join(keys)
+
+
+def _blame(path: str, origins: Mapping[str, str]) -> str:
+    for key, override in origins.items():
+        if f"{path}.".startswith(f"{key}."):
+            return f" (from override {override!r})"
+    return ""
+
+
+def _describe(detail: ErrorDetails, schema: type[BaseModel]) -> tuple[str, str]:
+    """Return the key path of a pydantic error and what to say about it."""
+    known = _key_descriptions(schema)
+    path = ""
+    for part in detail["loc"]:
+        path = f"{path}.{part}" if path else str(part)
+        if not any(key.startswith(f"{path}.") for key in known):
+            break  # a leaf or an unknown key: what pydantic appends names members of a union
+    value = detail["input"]
+    if path not in known:
+        return path, f"unknown key (value {_show(value)}); {_nearest(path, known)}"
+    accepted = f"; accepted: {known[path]}"
+    if detail["type"] == "missing":
+        return path, f"missing{accepted}"
+    cause = detail.get("ctx", {}).get("error")
+    return path, (str(cause) if cause else f"{_show(value)} is not accepted") + accepted
+
+
+def _nearest(path: str, known: Mapping[str, str]) -> str:
+    """Return the accepted keys beside an unknown one, after the key that was probably meant."""
+    parent, _, key = path.rpartition(".")
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent]
+    near = [
+        f"{parent}.{match}".lstrip(".") for match in difflib.get_close_matches(key, siblings, n=1)
+    ]
+    elsewhere = [other for other in known if other.rpartition(".")[2] == key]
+    if not near and len(elsewhere) == 1:  # a right key in the wrong place
+        near = elsewhere
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}accepted keys: {', '.join(siblings)}"
+
+
+def _key_descriptions(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """Return every key path of the YAML with what it accepts, sections before their keys."""
+    descriptions: dict[str, str] = {}
+    for name, field in model.model_fields.items():
+        descriptions[prefix + name] = field.description or ""
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                descriptions |= _key_descriptions(kind, f"{prefix}{name}.")
+    return descriptions
+
+
+def _show(value: object) -> str:
+    return _REPR.repr(value)

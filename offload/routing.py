@@ -1,0 +1,126 @@
+"""Finds the engine of a parameter, and routes torch.nn.utils' gradient clipping to it.
+
+[Note: routing] Gradients leave Parameter.grad as they land, so clip_grad_norm_ would see none and clip nothing,
+without a word. While a model is offloaded its two helpers are replaced: they are looked up at call time, so it
+works too where user code imported clip_grad_norm_ before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+
+from offload.errors import StateError
+
+_clip_grad: types.ModuleType = importlib.import_module("torch.nn.utils.clip_grad")
+_utils: types.ModuleType = importlib.import_module("torch.nn.utils")
+
+
+class Owner(Protocol):
+    """What an optimizer and the clipping functions need of an offloaded model."""
+
+    def owns(self, param: torch.Tensor) -> bool: ...
+
+    def has_gradients(self) -> bool: ...
+
+    def total_norm(self, norm_type: float) -> torch.Tensor: ...
+
+    def scale_gradients(self, params: list[torch.Tensor], max_norm: float, total: torch.Tensor) -> None: ...
+
+    def attach(self, optimizer: Any) -> None: ...
+
+    def optimizer_step(self, optimizer: Any) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+    def step_counts(self, params: list[torch.Tensor]) -> list[int]: ...
+
+
+_owners: list[Owner] = []  # open engines: the one registry of the package
+_originals: dict[tuple[types.ModuleType, str], Any] = {}
+_lock = threading.Lock()
+
+
+def owner_of(param: torch.Tensor) -> Owner | None:
+    """The open engine that holds this parameter."""
+    return next((owner for owner in _owners if owner.owns(param)), None)
+
+
+def register(owner: Owner) -> None:
+    """Make an engine findable; the first one also installs the routing."""
+    with _lock:
+        _owners.append(owner)
+        if len(_owners) == 1:
+            _install()
+
+
+def unregister(owner: Owner) -> None:
+    """Forget an engine; with the last one torch gets its own functions back. Idempotent."""
+    with _lock:
+        if owner in _owners:
+            _owners.remove(owner)
+        if not _owners:
+            for (module, name), function in _originals.items():
+                setattr(module, name, function)
+            _originals.clear()
+
+
+def _install() -> None:
+    _replace(_clip_grad, "_get_total_norm", _route_norm)
+    _replace(_clip_grad, "_clip_grads_with_norm_", _route_scaling)
+    _replace(_utils, "get_total_norm", _route_norm)
+    _replace(_utils, "clip_grads_with_norm_", _route_scaling)
+    _replace(_clip_grad, "_group_tensors_by_device_and_dtype", _refuse_values)
+
+
+def _replace(module: types.ModuleType, name: str, make: Callable[[Any], Any]) -> None:
+    original = getattr(module, name)
+    _originals[(module, name)] = original
+    setattr(module, name, make(original))
+
+
+def _route_norm(original: Any) -> Any:
+    def total_norm(
+        tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> torch.Tensor:
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        holders = [owner for owner in _owners if owner.has_gradients()]
+        if tensors or not holders:
+            return original(tensors, norm_type, error_if_nonfinite, foreach)  # type: ignore[no-any-return]
+        if len(holders) > 1:
+            raise StateError("clip_grad_norm_ with two offloaded models: use engine.clip_grad_norm_(params).")
+        norm = holders[0].total_norm(norm_type)
+        if error_if_nonfinite and not bool(norm.isfinite()):
+            raise RuntimeError(f"The total norm of order {norm_type} for gradients is non-finite.")
+        return norm
+
+    return total_norm
+
+
+def _route_scaling(original: Any) -> Any:
+    def scale(parameters: Any, max_norm: float, total_norm: torch.Tensor, foreach: bool | None = None) -> None:
+        params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        owners = {id(owner): owner for p in params if (owner := owner_of(p)) is not None}
+        for owner in owners.values():
+            owner.scale_gradients([p for p in params if owner.owns(p)], max_norm, total_norm)
+        original([p for p in params if owner_of(p) is None], max_norm, total_norm, foreach)
+
+    return scale
+
+
+def _refuse_values(original: Any) -> Any:
+    def group(tensors: Iterable[list[torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+        rows = list(tensors)
+        if not any(rows) and any(owner.has_gradients() for owner in _owners):
+            raise StateError(
+                "clip_grad_value_ does not work on offloaded parameters, whose gradients are in the tiers; "
+                "use torch.nn.utils.clip_grad_norm_ or engine.clip_grad_norm_."
+            )
+        return original(rows, *args, **kwargs)
+
+    return group

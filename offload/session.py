@@ -1,0 +1,509 @@
+"""What `offload.offload()` gives: the engine attached to a model, as a context manager."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload import machine, materialise, routing
+from offload.blocks import BlockPass
+from offload.chunk import Chunk
+from offload.engine import Engine
+from offload.errors import StateError
+from offload.export import export_model
+from offload.formats import FORMATS, Plane
+from offload.hooks import Autograd, OwnerPass, RootPass
+from offload.io import choose_backend
+from offload.landing import Gradients
+from offload.openmp import Calm
+from offload.partition import Partition, partition
+from offload.plan import Plan, make_plan
+from offload.planes import PlaneReader
+from offload.policy import OffloadPolicy, format_nbytes
+from offload.report import MemoryReport, memory_report
+from offload.slots import Slab
+from offload.stats import StepStats
+from offload.store import ChunkStore
+from offload.timeline import Timeline
+from offload.transfer import Device, make_device
+from offload.update import pack_ops
+
+logger = logging.getLogger("offload")
+TIMELINE_CAPACITY = 200_000
+_BASELINE_MARGIN = 1.1  # leave a tenth of what giving the weights back needs, for the model's first forward
+
+
+def plan_for(model: nn.Module, policy: OffloadPolicy) -> Plan:
+    """The plan for a model (it may be on meta) without taking any memory or file.
+
+    Raises BudgetError where it does not fit, PolicyError for dtypes that the tiers cannot hold.
+    """
+    device = policy.tiers.gpu.device
+    host = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return make_plan(partition(model).specs, FORMATS[policy.state.format], policy, host_compute=host)
+
+
+class Session:
+    """An offloaded model. Use as a context manager; leaving it gives back an ordinary model.
+
+    Everything that a plain PyTorch loop does keeps working inside; the optimizer must be an offload one.
+    """
+
+    def __init__(
+        self, model: nn.Module, policy: OffloadPolicy, weights: str | Path | None = None, *,
+        device: Device | None = None, poison: bool = False,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.policy = policy
+        self._closed = False
+        self._undo: list[Callable[[], None]] = []
+        self._optimizer: Any = None
+        self._scales: dict[tuple[int, int], float] = {}
+        self._captured: list[tuple[Any, ...]] | None = None  # hyperparameters of this step's eager updates
+        self._clipped = False
+        self._checked = False
+        self._refuse_twice()
+        parts = partition(model)
+        self._check_weights(weights)
+        self.device = device or make_device(policy.tiers.gpu.device)
+        self.plan = make_plan(
+            parts.specs, FORMATS[policy.state.format], policy, host_compute=self.device.is_host
+        )
+        self.timeline = Timeline(TIMELINE_CAPACITY)
+        self._engine = self._open_engine(parts, poison=poison)
+        self._dtypes = {id(p): p.dtype for c in self._engine.chunks for p in c.params}
+        self._planes = PlaneReader(self._engine)
+        self._calm = Calm() if self.device.is_host else None
+        try:
+            self._materialise(weights)
+            self._attach(parts)
+        except BaseException:
+            self._abort()
+            raise
+
+    # ---- construction ------------------------------------------------------------------------------
+
+    def _refuse_twice(self) -> None:
+        if any(routing.owner_of(param) is not None for param in self.model.parameters()):
+            raise StateError("this model is offloaded already; close the first engine before the second.")
+
+    def _check_weights(self, weights: str | Path | None) -> None:
+        on_meta = [name for name, param in self.model.named_parameters() if param.is_meta]
+        if on_meta and weights is None:
+            raise StateError(
+                f"parameter {on_meta[0]} (and {len(on_meta) - 1} more) is on meta and no source of weights is given. "
+                "Pass weights='init' for the modules' own initialisers, or weights=<folder of safetensors>."
+            )
+
+    def _open_engine(self, parts: Partition, *, poison: bool) -> Engine:
+        chunks = [Chunk(s, p) for s, p in zip(parts.specs, parts.params, strict=True)]
+        store, backend = None, "threads"
+        nvme = self.policy.tiers.nvme
+        if self.plan.uses_nvme and nvme is not None:
+            backend, reason = choose_backend(nvme.io)
+            logger.info("I/O backend %s: %s", backend, reason)
+            store = ChunkStore(nvme.paths)
+        slab = Slab(self.plan.slab_nbytes)
+        slab.populate()
+        self.device.register(slab)
+        return Engine(
+            self.plan, chunks, slab=slab, store=store, nvme_budget=nvme.budget if nvme else None,
+            backend=backend, device=self.device, timeline=self.timeline, poison=poison,
+        )  # fmt: skip
+
+    def _materialise(self, weights: str | Path | None) -> None:
+        if weights is None:
+            materialise.from_memory(self._engine)
+        elif weights == "init":
+            materialise.from_initialisers(self._engine, self.model)
+        else:
+            materialise.from_folder(self._engine, self.model, Path(weights))
+        if not self.device.is_host:
+            self._move_buffers(self.device.torch_device)
+
+    def _move_buffers(self, device: torch.device) -> None:
+        for module in self.model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = buffer.to(device)
+
+    def _attach(self, parts: Partition) -> None:
+        """Put the passes in place of the forwards, and the landing hooks on the parameters."""
+        self.gradients = Gradients(self._engine, eager=self.policy.optimizer.update == "eager")
+        self.autograd = Autograd(self._engine, self.gradients)
+        self._calm_hugging_face()
+        micro = self.policy.activations.micro_batch
+        for module, index in parts.blocks:
+            block = BlockPass(
+                module, self._engine.chunks[index], self.autograd,
+                keep=self.policy.activations.policy == "keep",
+                micro_batch=None if micro == "auto" else micro,
+            )  # fmt: skip
+            self._set(module, "forward", block)
+        for module, indices in parts.owners:
+            self._set(module, "forward", OwnerPass(module, indices, self.autograd))
+        self._set(self.model, "forward", RootPass(self.model, self.autograd, self._check_unchanged))
+        self._set(self.model, "zero_grad", self._model_zero_grad)
+        self._hook_state_dicts()
+        for chunk in self._engine.chunks:
+            self._hook_params(chunk)
+        self._param_ids = [id(param) for param in self.model.parameters()]
+        for chunk in self._engine.chunks:
+            if chunk.spec.is_small:
+                self._engine.enter(chunk.spec.index, record=False)  # stays bound: see [Note: small chunk]
+        routing.register(self)
+        self._undo.append(lambda: routing.unregister(self))
+        self._places = {
+            id(p): (c.spec.index, i) for c in self._engine.chunks for i, p in enumerate(c.params)
+        }
+        self._keep_alive = list(self.model.parameters())
+
+    def _hook_params(self, chunk: Chunk) -> None:
+        for position, param in enumerate(chunk.params):
+            param.grad = None
+            if param.requires_grad:
+                hook = self.autograd.landing_hook(chunk.spec.index, position)
+                self._undo.append(param.register_post_accumulate_grad_hook(hook).remove)
+
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Shadow a method on the instance, and remember to uncover it."""
+        previous = module.__dict__.get(name)
+
+        def restore() -> None:
+            if previous is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = previous
+
+        module.__dict__[name] = value
+        self._undo.append(restore)
+
+    def _calm_hugging_face(self) -> None:
+        """The engine does its own recompute, and a cache that grows in forward would grow again in the replay."""
+        model: Any = self.model
+        if getattr(model, "is_gradient_checkpointing", False):
+            model.gradient_checkpointing_disable()
+            self._undo.append(model.gradient_checkpointing_enable)
+        config = getattr(model, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+            self._undo.append(lambda: setattr(config, "use_cache", True))
+
+    def _check_unchanged(self) -> None:
+        """Once per step: the model must still have the parameters it was wrapped with."""
+        if self._checked:
+            return
+        self._checked = True
+        if [id(param) for param in self.model.parameters()] != self._param_ids:
+            known = set(self._param_ids)
+            new = [name for name, p in self.model.named_parameters() if id(p) not in known]
+            what = f"parameter {new[0]} is new" if new else "a parameter is gone"
+            raise StateError(
+                f"the model was changed after offload.offload(): {what}. Change the model first, then offload it."
+            )
+        for chunk in self._engine.chunks:
+            for spec, param in zip(chunk.spec.params, chunk.params, strict=True):
+                if param.requires_grad and not spec.trainable:
+                    raise StateError(
+                        f"parameter {spec.name} was frozen when the model was offloaded and requires grad now; "
+                        "set requires_grad before offload.offload()."
+                    )
+
+    # ---- the loop ----------------------------------------------------------------------------------
+
+    def attach(self, optimizer: Any) -> None:
+        """Called by an offload optimizer for itself; a later optimizer takes the place of an earlier one."""
+        self._optimizer = optimizer
+        self.gradients.ops_of = self._eager_ops
+
+    def _eager_ops(self, chunk: Chunk) -> bytes:
+        self._captured = self._captured or self._optimizer.hyperparameters()
+        return self._ops(chunk)
+
+    def _ops(self, chunk: Chunk) -> bytes:
+        landed = chunk.gradient.sum_squares if chunk.gradient is not None else {}
+        return pack_ops(self._optimizer.ops_for(chunk, landed, self._scales))
+
+    def optimizer_step(self, optimizer: Any) -> None:
+        """Turn what has landed into pending updates. See [Note: updates] in engine.py."""
+        self._check_open()
+        if optimizer is not self._optimizer:
+            raise StateError("another optimizer was created for this model since; step() that one.")
+        self.gradients.settle()
+        self._check_captured()
+        landed = self.gradients.landed()
+        self.gradients.check_finite(landed)
+        updates = {chunk.spec.index: ops for chunk in landed if (ops := self._ops(chunk))}
+        small = [c for c in landed if c.spec.is_small and c.spec.index in updates]
+        self._step_small(small, updates)
+        self._engine.set_updates(updates)
+        self._choose_update_mode()
+        self.gradients.end_step()
+        self._engine.end_step()
+        self._scales.clear()
+        self._clipped = self._checked = False
+        self._captured = None
+
+    def _step_small(self, small: Sequence[Chunk], updates: dict[int, bytes]) -> None:
+        """[Note: small chunk] Norms and biases stay bound between uses, so they are updated here and now."""
+        for chunk in small:
+            index = chunk.spec.index
+            self._engine.leave(index)
+            self._engine.set_updates({index: updates.pop(index)})
+            self._engine.finish_update(chunk, wait=True)
+            self._engine.enter(index, record=False)
+
+    def _check_captured(self) -> None:
+        if self._captured is not None and self._captured != self._optimizer.hyperparameters():
+            raise StateError(
+                "hyperparameters changed between backward() and step(); optimizer.update eager captured them in "
+                "backward(). Call the scheduler after optimizer.step(), or set optimizer.update: deferred."
+            )
+
+    def _choose_update_mode(self) -> None:
+        """`auto`: after the first step it is known whether anything needs the whole gradient before an update."""
+        if self.policy.optimizer.update != "auto" or self.gradients.mode_chosen:
+            return
+        self.gradients.mode_chosen = True
+        if self.plan.grads_resident:
+            reason = "all gradients fit in RAM, so waiting for them costs nothing"
+        elif self._clipped:
+            reason = "clip_grad_norm_ needs every gradient before the first update"
+        elif self.gradients.num_backwards != 1:
+            reason = "gradients accumulate over several backward() calls"
+        else:
+            self.gradients.eager = True
+            reason = "one backward() per step and no clipping: gradients need not wait"
+        logger.info("updates are %s: %s", "eager" if self.gradients.eager else "deferred", reason)
+
+    def zero_grad(self) -> None:
+        """Drop gradients that no step() has taken."""
+        self._check_open()
+        self.gradients.zero()
+        self._scales.clear()
+
+    def _model_zero_grad(self, set_to_none: bool = True) -> None:
+        self.zero_grad()
+
+    def clip_grad_norm_(
+        self, params: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+    ) -> torch.Tensor:
+        """Scale the landed gradients of `params` so that their 2-norm is at most max_norm; return the norm (fp32)."""
+        members = [params] if isinstance(params, torch.Tensor) else list(params)
+        total = self.total_norm(norm_type, members)
+        self._scale(members, max_norm, total)
+        return total
+
+    def total_norm(
+        self, norm_type: float, params: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The norm of the landed gradients (fp32 scalar, CPU), of all parameters or of `params`."""
+        if float(norm_type) != 2.0:
+            raise StateError(f"norm_type {norm_type}: offloaded gradients have a 2-norm only.")
+        places = None if params is None else {self._places[id(p)] for p in params}
+        return torch.tensor(self.gradients.norm(places), dtype=torch.float32)
+
+    def scale_gradients(
+        self, params: list[torch.Tensor], max_norm: float, total: torch.Tensor
+    ) -> None:
+        """clip_grad_norm_'s second half: `total` was the norm of all, so `params` must be all."""
+        missing = self.gradients.contributors() - {self._places[id(p)] for p in params}
+        if missing:
+            index, position = min(missing)
+            raise StateError(
+                f"clip_grad_norm_ on a part of the parameters (without {self._engine.chunks[index].spec.params[position].name}): "
+                "use engine.clip_grad_norm_(params, max_norm)."
+            )
+        self._scale(params, max_norm, total)
+
+    def _scale(self, params: Sequence[torch.Tensor], max_norm: float, total: torch.Tensor) -> None:
+        self._clipped = True
+        coefficient = float(torch.clamp(max_norm / (total.cpu() + 1e-6), max=1.0))
+        if coefficient == 1.0:
+            return
+        if self.gradients.anything_updated:
+            raise StateError(
+                f"clip_grad_norm_: the norm {float(total):.6g} is above {max_norm}, but optimizer.update eager has "
+                "applied gradients already. Set optimizer.update: deferred to clip."
+            )
+        for param in params:
+            place = self._places[id(param)]
+            self._scales[place] = self._scales.get(place, 1.0) * coefficient
+
+    # ---- Owner: what routing asks ------------------------------------------------------------------
+
+    def owns(self, param: torch.Tensor) -> bool:
+        return id(param) in getattr(self, "_places", {})
+
+    def has_gradients(self) -> bool:
+        return bool(self.gradients.contributors())
+
+    def step_counts(self, params: list[torch.Tensor]) -> list[int]:
+        places = [self._places[id(param)] for param in params]
+        return [self._engine.chunks[index].num_steps[position] for index, position in places]
+
+    # ---- looking inside ----------------------------------------------------------------------------
+
+    def _chunk_of(self, param: torch.Tensor) -> tuple[Chunk, int]:
+        index, position = self._places[id(param)]
+        return self._engine.chunks[index], position
+
+    def _find(self, name: str) -> tuple[Chunk, int]:
+        for alias, param in self.model.named_parameters(remove_duplicate=False):
+            if alias == name:
+                return self._chunk_of(param)
+        raise StateError(f"the model has no parameter named {name!r}.")
+
+    def grad(self, name: str) -> torch.Tensor:
+        """A copy of the gradient that has landed for a parameter since the last step, on the CPU."""
+        return self.gradients.grad(*self._find(name))
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        """Copies of a parameter's planes by name, on the CPU, with pending updates finished."""
+        self._check_open()
+        return self._planes.state(*self._find(name))
+
+    def flush(self) -> None:
+        """Finish every pending update."""
+        self._check_open()
+        self._engine.flush()
+
+    def stats(self) -> StepStats:
+        """Bytes, seconds and stalls of the last finished step."""
+        return self._engine.stats.last
+
+    def memory(self) -> MemoryReport:
+        """Every byte of the slab by arena, the files, and the process."""
+        return memory_report(self.plan, self._engine)
+
+    def trace(self, path: str | Path) -> None:
+        """Write the timeline as Chrome trace JSON, for ui.perfetto.dev."""
+        self.timeline.write_trace(path)
+
+    @contextlib.contextmanager
+    def gathered(self, what: nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> Iterator[None]:
+        """Have real weights outside of forward, to read or to write; what was written goes back to the tiers.
+
+        Memory: two copies of the weights of every chunk that is touched, beside the slab.
+        """
+        self._check_open()
+        params = list(what.parameters()) if isinstance(what, nn.Module) else what
+        members = [params] if isinstance(params, torch.Tensor) else list(params)
+        indices = sorted({self._places[id(param)][0] for param in members})
+        with self._planes.gathered(indices):
+            yield
+
+    def export(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write a folder that transformers loads: safetensors in shards, and the config.
+
+        The weights are those that compute uses; dtype=torch.float32 writes the fp32 masters.
+        """
+        self._check_open()
+        self._engine.flush()
+
+        def read(chunk: Chunk) -> dict[str, torch.Tensor]:
+            return self._planes.weights(chunk, dtype)
+
+        return export_model(self.model, self._engine.chunks, read, Path(folder))
+
+    def _hook_state_dicts(self) -> None:
+        """state_dict() of the model or of any part gives real tensors, or refuses; never placeholders."""
+
+        def check(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+            self._check_state_dict_fits(module)
+
+        def fill(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+            for key, param in module._parameters.items():
+                if param is not None:
+                    state[prefix + key] = self._planes.weight(*self._chunk_of(param))
+
+        for module in self.model.modules():
+            self._undo.append(module.register_state_dict_pre_hook(check).remove)
+            self._undo.append(module.register_state_dict_post_hook(fill).remove)
+
+    def _check_state_dict_fits(self, module: nn.Module) -> None:
+        itemsize = self.plan.fmt.itemsize(Plane.WEIGHT)
+        needed = sum(param.numel() for param in module.parameters()) * itemsize
+        room = max(self.policy.tiers.cpu.budget - self.plan.slab_nbytes, 0)
+        if needed > room and needed > machine.memory_available() // 2:
+            raise StateError(
+                f"state_dict() needs {format_nbytes(needed)} beside the slab, which RAM does not have. "
+                "Use engine.export(folder), which streams."
+            )
+
+    # ---- ends --------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._abort()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateError("this engine is closed; offload the model again.")
+
+    def close(self) -> None:
+        """Finish updates, give the weights back to the model where RAM allows, remove the files. Idempotent."""
+        if self._closed:
+            return
+        try:
+            self._engine.flush()
+            self._give_back()
+        finally:
+            self._shut()
+
+    def _abort(self) -> None:
+        """After an exception: keep what can be kept, and leave no thread, file or lock behind."""
+        if self._closed:
+            return
+        try:
+            if hasattr(self, "autograd"):
+                self.autograd.abandon()
+            self._engine.drain()
+            if not self._engine.failed:
+                self._engine.flush()
+                self._give_back()
+        except Exception as error:
+            logger.warning("the weights could not be given back: %s", error)
+        finally:
+            self._shut()
+
+    def _give_back(self) -> None:
+        """Real tensors in the parameters' own dtype."""
+        chunks = self._engine.chunks
+        needed = sum(p.numel() * self._dtypes[id(p)].itemsize for c in chunks for p in c.params)
+        available = machine.memory_available()
+        if needed * _BASELINE_MARGIN > available:
+            logger.warning(
+                "the model keeps placeholders: its weights need %s and %s are available. "
+                "engine.export() writes them without loading them.",
+                format_nbytes(needed), format_nbytes(available),
+            )  # fmt: skip
+            return
+        for chunk in chunks:
+            self._planes.give_back(chunk, self._dtypes)
+
+    def _shut(self) -> None:
+        self._closed = True
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self._engine.close()
+        if self._calm is not None:
+            self._calm.close()
+        if not self.device.is_host:
+            self._move_buffers(torch.device("cpu"))

@@ -1,0 +1,111 @@
+"""Typed face of the native update worker, and the records that tell it what to do.
+
+The worker streams a chunk's planes tile by tile (read, kernel, write) on its own thread without the GIL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Sequence
+
+from offload import _native
+from offload.io import BLOCK_NBYTES, QUEUE_DEPTH
+from offload.slots import Region
+
+NUM_TILES = 3  # one being read, one computed, one written
+_OP = struct.Struct("<qqiidddddddq")
+KERNEL_ADAMW = 0
+FLAG_MAXIMIZE = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWOp:
+    """AdamW on the elements [begin, end) of a chunk; hyperparameters as captured at step()."""
+
+    begin: int
+    end: int
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool = False
+    grad_scale: float = 1.0  # multiplies every gradient (clipping)
+
+
+def pack_ops(ops: Sequence[AdamWOp]) -> bytes:
+    """The native form of the ops."""
+    return b"".join(
+        _OP.pack(
+            op.begin,
+            op.end,
+            KERNEL_ADAMW,
+            FLAG_MAXIMIZE if op.maximize else 0,
+            op.lr,
+            op.beta1,
+            op.beta2,
+            op.eps,
+            op.weight_decay,
+            op.grad_scale,
+            0.0,
+            op.step,
+        )
+        for op in ops
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlaneArgument:
+    """How the worker reaches one plane: RAM address (0: through its tiles), and extents to read and write."""
+
+    address: int
+    read: list[tuple[int, int, int]] | None = None
+    write: list[tuple[int, int, int]] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UpdateCompletion:
+    """What became of one update: `result` is 0 or -errno with the fd and offset that failed."""
+
+    tag: int
+    result: int
+    fd: int
+    offset: int
+    read_nbytes: int
+    write_nbytes: int
+    seconds: float
+    kernel_seconds: float
+
+
+def tile_buffer_nbytes(tile_numel: int) -> int:
+    """Bytes of slab that the worker's tile buffers need."""
+    return int(_native.update_buffer_nbytes(NUM_TILES, tile_numel))
+
+
+class UpdatePipeline:
+    """Queue of update jobs, run in order by a native thread."""
+
+    def __init__(self, backend: str, tile_numel: int, buffer: Region) -> None:
+        self._pipeline = _native.UpdatePipeline(
+            backend, QUEUE_DEPTH, BLOCK_NBYTES, NUM_TILES, tile_numel, buffer.address, buffer.nbytes, "auto"
+        )
+
+    def submit(
+        self, tag: int, fmt_code: int, numel: int, planes: Sequence[PlaneArgument | None], ops: bytes
+    ) -> None:
+        """Start one job; it completes exactly once. All memory and files must outlive it."""
+        rows = tuple(None if p is None else (p.address, p.read, p.write) for p in planes)
+        self._pipeline.submit(tag, fmt_code, numel, rows, ops)
+
+    def poll(self) -> list[UpdateCompletion]:
+        return [UpdateCompletion(*row) for row in self._pipeline.poll()]
+
+    def wait(self, timeout_s: float) -> list[UpdateCompletion]:
+        """Block without the GIL until a job completes or the time is up."""
+        return [UpdateCompletion(*row) for row in self._pipeline.wait(timeout_s)]
+
+    def close(self) -> None:
+        """Finish what was submitted and stop the thread. Idempotent."""
+        self._pipeline.close()
