@@ -1,8 +1,8 @@
 """offload: fine-tune models larger than the GPU, and larger than RAM, in a plain PyTorch loop.
 
-    with offload.offload(model, "tiers.yaml") as engine:
-        optimizer = offload.AdamW(model.parameters(), lr=2e-5)
-        ...
+with offload.offload(model, "tiers.yaml") as engine:
+    optimizer = offload.AdamW(model.parameters(), lr=2e-5)
+    ...
 """
 
 from __future__ import annotations

@@ -29,7 +29,18 @@ from offload.chunk import Chunk
 from offload.hooks import Autograd, _current_graph_task
 
 logger = logging.getLogger("offload")
-_PLAIN_LEAVES = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum)
+_PLAIN_LEAVES = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    enum.Enum,
+)
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -56,7 +67,9 @@ def _is_block_list(module: nn.Module) -> bool:
     children = list(module._modules.values())
     if not isinstance(module, nn.ModuleList | nn.Sequential) or len(children) < 2:
         return False
-    has_params = all(child is not None and any(True for _ in child.parameters()) for child in children)
+    has_params = all(
+        child is not None and any(True for _ in child.parameters()) for child in children
+    )
     return has_params and len({type(child) for child in children}) == 1
 
 
@@ -79,7 +92,13 @@ class BlockPass:
     """Stands in for a block's forward. See [Note: block pass]."""
 
     def __init__(
-        self, module: nn.Module, chunk: Chunk, autograd: Autograd, *, keep: bool, micro_batch: int | None
+        self,
+        module: nn.Module,
+        chunk: Chunk,
+        autograd: Autograd,
+        *,
+        keep: bool,
+        micro_batch: int | None,
     ) -> None:
         self.module = module
         self.forward = module.forward
@@ -88,7 +107,9 @@ class BlockPass:
         self.micro_batch = micro_batch
         self._index = chunk.spec.index
         self._keep = keep  # activations stay; the block is an ordinary module
-        self._probed: set[bool] = set()  # training modes in which the block is known to be replayable
+        self._probed: set[bool] = (
+            set()
+        )  # training modes in which the block is known to be replayable
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -112,7 +133,9 @@ class BlockPass:
     def _is_replayable(self, leaves: Sequence[Any], args: Any, kwargs: Any) -> bool:
         for leaf in leaves:
             if not isinstance(leaf, (torch.Tensor, *_PLAIN_LEAVES)) and not callable(leaf):
-                self._warn_once(f"it was given a {type(leaf).__name__}, which a replay would change again")
+                self._warn_once(
+                    f"it was given a {type(leaf).__name__}, which a replay would change again"
+                )
                 return False
         if self.module.training in self._probed:
             return True
@@ -131,7 +154,9 @@ class BlockPass:
 
 def _changes_buffers(block: BlockPass, args: Any, kwargs: Any) -> bool:
     """Run the block once and look at its buffers; everything it changed is put back."""
-    before = [(buffer, buffer._version, buffer.detach().clone()) for buffer in block.module.buffers()]
+    before = [
+        (buffer, buffer._version, buffer.detach().clone()) for buffer in block.module.buffers()
+    ]
     if not before:
         return False
     with _RandomState.preserved():
@@ -269,10 +294,15 @@ class _BlockCall:
             num_rows, size = tensors[0].shape[0], self.block.micro_batch or 1
             start = number * size
             grads = [None if g is None else _rows(g, num_rows, start, size) for g in grads]
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        pairs = [
+            (o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad
+        ]
         if pairs:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-        return [tensor.grad if needed else None for tensor, needed in zip(inputs, self._requires_grad, strict=True)]
+        return [
+            tensor.grad if needed else None
+            for tensor, needed in zip(inputs, self._requires_grad, strict=True)
+        ]
 
 
 _TENSOR = object()  # marks the place of a tensor among a block's output leaves
@@ -333,7 +363,8 @@ class _RandomState:
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         self._autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in ("cpu", "cuda")
         ]
 
     def _set(self) -> None:

@@ -71,7 +71,11 @@ def make_spec(
     offset, placed = 0, []
     for param_name, shape, trainable in params:
         spec = ParamSpec(
-            name=param_name, shape=tuple(shape), offset=offset, numel=shape.numel(), trainable=trainable
+            name=param_name,
+            shape=tuple(shape),
+            offset=offset,
+            numel=shape.numel(),
+            trainable=trainable,
         )
         placed.append(spec)
         offset = round_up(offset + spec.numel, _PARAM_MULTIPLE)
@@ -95,7 +99,9 @@ class Gradient:
     spilled: bool = False
     moving: bool = False  # a spill or its way back is in flight
     sum_squares: dict[int, float] = dataclasses.field(default_factory=dict)  # by parameter position
-    graph_task: dict[int, int] = dataclasses.field(default_factory=dict)  # the backward that landed last
+    graph_task: dict[int, int] = dataclasses.field(
+        default_factory=dict
+    )  # the backward that landed last
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -118,8 +124,11 @@ class Chunk:
         self.slot: Slot | None = None  # host slot of the weight plane
         self.gpu_slot: GpuSlot | None = None
         self.upload: DeviceEvent | None = None  # the copy that fills gpu_slot from the host copy
-        self.override: torch.Tensor | None = None  # what the parameters show instead, inside gathered()
+        self.override: torch.Tensor | None = (
+            None  # what the parameters show instead, inside gathered()
+        )
         self.num_users = 0
+        self.wanted = False  # about to be bound: not to be evicted
         self.gradient: Gradient | None = None
         self.update: Update | None = None
         self.num_steps = [0] * len(self.params)  # optimizer steps taken, per parameter

@@ -11,7 +11,6 @@ it runs as soon as the chunk's gradient is complete, beside the rest of backward
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,20 +21,20 @@ from offload import io
 from offload.chunk import Chunk, Update
 from offload.errors import StateError
 from offload.formats import Plane
+from offload.inflight import Finish, InFlight
 from offload.io import IoQueue
 from offload.plan import Plan
-from offload.residence import GpuPool, carve_pools, gpu_pools
+from offload.residence import Residence
 from offload.schedule import Schedule, default_order
-from offload.slots import Slab, Slot, SlotPool
+from offload.slots import Slab, Slot
 from offload.stats import UPDATE, StatsCounter
 from offload.store import ChunkStore, Extent
 from offload.tier import DeviceEvent, Link, Residency
 from offload.timeline import Timeline
-from offload.transfer import Device, Transfer
+from offload.transfer import Device
 from offload.update import PlaneArgument, UpdatePipeline
 
 PREFETCH_DISTINCT = 4  # how many chunks ahead of use the engine looks for something to start
-_WAIT_S = 0.01  # a blocked wait looks at the other completion source this often
 _BUSY = (Residency.READING, Residency.UPLOADING, Residency.UPDATING)
 
 
@@ -59,30 +58,26 @@ class Engine:
         self.chunks = list(chunks)
         self.device = device
         self.timeline = timeline
-        self.stats = StatsCounter()
-        self.schedule = Schedule(default_order([c.spec.index for c in self.chunks if not c.spec.is_small]))
+        self.schedule = Schedule(
+            default_order([c.spec.index for c in self.chunks if not c.spec.is_small])
+        )
         self.slab = slab
         self.store = store
         self.lock = threading.RLock()
-        self._tags = itertools.count(1)
-        self._in_flight: dict[int, Transfer] = {}
-        self._num_moving = 0  # of them, in the I/O queue
-        self._num_updating = 0  # of them, with the update worker
-        self._failure: BaseException | None = None
         tiles = slab.carve("update tiles", plan.tile_nbytes)
-        self._weight_pools, self._grad_pools = carve_pools(plan, slab, poison=poison)
-        self._gpu_pools: dict[int, GpuPool] = gpu_pools(plan, device)
+        self.residence = Residence(plan, self.chunks, slab, device, self.schedule, poison=poison)
         for chunk in self.chunks:
             self._place(chunk)
         if store is not None:
             store.open(nvme_budget)
         try:
-            self._queue = IoQueue(backend) if store is not None else None
-            self._pipeline = UpdatePipeline(backend, plan.tile_numel, tiles)
+            queue = IoQueue(backend) if store is not None else None
+            pipeline = UpdatePipeline(backend, plan.tile_numel, tiles)
         except BaseException:
             if store is not None:
                 store.close()
             raise
+        self._flight = InFlight(queue, pipeline, timeline)
 
     def _place(self, chunk: Chunk) -> None:
         """Give a chunk its pinned regions and extents, as planned."""
@@ -103,14 +98,26 @@ class Engine:
         with self.lock:
             self._check_alive()
             chunk = self.chunks[index]
-            self.schedule.use(index, record=record)
+            if (
+                not chunk.spec.is_small
+            ):  # it is always there, and says nothing about what comes next
+                self.schedule.use(index, record=record)
             if chunk.num_users == 0 and chunk.override is None:
                 chunk.check_unbound()
-                self.fetch(chunk, demand=True)
-                self.prefetch()
-                self.wait(chunk)
+                self._bring(chunk)
                 chunk.bind(self._device_weight(chunk))
             chunk.num_users += 1
+
+    def _bring(self, chunk: Chunk) -> None:
+        """Start this chunk, then what comes after it, and only then wait: the one line where training can stall."""
+        chunk.wanted = True  # what is prefetched must not evict it before it is bound
+        try:
+            self.fetch(chunk, demand=True)
+            if not chunk.spec.is_small:
+                self.prefetch()
+            self.wait(chunk)
+        finally:
+            chunk.wanted = False
 
     def leave(self, index: int) -> None:
         """The use is over: parameters become placeholders, the bytes stay until their slot is needed."""
@@ -185,7 +192,7 @@ class Engine:
                 self._adopt_upload(chunk, chunk.upload)
                 self.stats.stalled(Link.H2D.value, time.perf_counter() - start)
             elif not self._ready(chunk):
-                self._block(self._cause(chunk))
+                self.block(self._cause(chunk))
 
     def _cause(self, chunk: Chunk) -> str:
         causes = {
@@ -206,18 +213,19 @@ class Engine:
         def finish(result: int, fd: int, offset: int) -> None:
             if result < 0:
                 chunk.to(Residency.NVME)
-                self._release_slot(chunk)
+                self.residence.release_slot(chunk)
                 raise self._storage_error(result, "reading", fd, offset, chunk)
             chunk.to(Residency.CPU)
             if not self.device.is_host:
                 self._start_upload(chunk, demand=False)
 
-        self._start_io(io.READ, chunk, chunk.extents[Plane.WEIGHT], slot, finish, priority)
+        self.start_plane(
+            io.READ, chunk.extents[Plane.WEIGHT], slot.region.address, chunk, finish, priority
+        )
         return True
 
     def _start_upload(self, chunk: Chunk, *, demand: bool) -> bool:
-        pool = self._gpu_pools[chunk.spec.index]
-        while (slot := pool.acquire(self._gpu_victim(pool, chunk, demand=demand))) is None:
+        while (slot := self.residence.gpu_slot(chunk, demand=demand)) is None:
             if not demand:
                 return False
             self._block_or_refuse(f"a GPU slot for {chunk.name}", Link.H2D.value)
@@ -227,9 +235,7 @@ class Engine:
         chunk.gpu_slot = slot
         chunk.to(Residency.UPLOADING)
         nbytes = chunk.spec.nbytes(Plane.WEIGHT, self.plan.fmt)
-        event = self.device.h2d(
-            slot.tensor[:nbytes], region.tensor[:nbytes], slot.free_event
-        )
+        event = self.device.h2d(slot.tensor[:nbytes], region.tensor[:nbytes], slot.free_event)
         chunk.upload = event
 
         def finish(result: int, fd: int, offset: int) -> None:
@@ -237,7 +243,7 @@ class Engine:
                 chunk.upload = None
                 self._adopt_upload(chunk, event)
 
-        self._track(Link.H2D, chunk, nbytes, finish, event=event)
+        self._flight.start_copy(Link.H2D, chunk.name, nbytes, event, finish, ())
         return True
 
     def _adopt_upload(self, chunk: Chunk, event: DeviceEvent) -> None:
@@ -246,98 +252,19 @@ class Engine:
             self.device.compute_waits(event)
             chunk.to(Residency.GPU)
 
-    # ---- slots, and who gives one up ---------------------------------------------------------------
-
     def _weight_slot(self, chunk: Chunk, *, demand: bool) -> Slot | None:
-        pool = self._weight_pools[chunk.spec.index]
-        while True:
-            slot = pool.acquire(chunk.name)
-            if slot is not None:
-                return slot
-            victim = self._host_victim(pool, chunk, demand=demand)
-            if victim is not None:
-                self._drop_host(victim)
-            elif not demand:
-                return None
-            else:
-                self._block_or_refuse(f"a host slot for {chunk.name}", UPDATE)
-
-    def _host_victim(self, pool: SlotPool, chunk: Chunk, *, demand: bool) -> Chunk | None:
-        """The chunk whose host copy is needed last; None where nobody's is needed later than `chunk`'s."""
-        candidates = [
-            other
-            for other in self.chunks
-            if other.slot is not None
-            and other.slot.pool is pool
-            and other.residency in (Residency.CPU, Residency.GPU)
-            and not (self.device.is_host and other.num_users)
-            and (other.upload is None or other.upload.query())
-        ]
-        return self._latest(candidates, chunk, demand=demand)
-
-    def _gpu_victim(self, pool: GpuPool, chunk: Chunk, *, demand: bool) -> Callable[[], bool]:
-        def give_up() -> bool:
-            candidates = [
-                other
-                for other in self.chunks
-                if other.gpu_slot in pool.slots
-                and other.residency is Residency.GPU
-                and not other.num_users
-            ]
-            victim = self._latest(candidates, chunk, demand=demand)
-            if victim is not None:
-                self._drop_gpu(victim)
-            return victim is not None
-
-        return give_up
-
-    def _latest(self, candidates: list[Chunk], chunk: Chunk, *, demand: bool) -> Chunk | None:
-        if not candidates:
-            return None
-        distance = self.schedule.distance
-        victim = max(candidates, key=lambda other: (distance(other.spec.index), other.spec.index))
-        if demand or distance(victim.spec.index) > distance(chunk.spec.index):
-            return victim
-        return None
-
-    def _drop_host(self, chunk: Chunk) -> None:
-        """Give up a host slot. Its bytes are clean: only updates change weights, and they write what they change."""
-        if chunk.residency is Residency.CPU:
-            chunk.to(Residency.NVME)
-        self._release_slot(chunk)
-
-    def _drop_gpu(self, chunk: Chunk) -> None:
-        slot = chunk.gpu_slot
-        if slot is None:
-            return
-        chunk.to(Residency.CPU if chunk.host_weight() is not None else Residency.NVME)
-        chunk.gpu_slot = None
-        self._gpu_pools[chunk.spec.index].release(slot)
-
-    def _release_slot(self, chunk: Chunk) -> None:
-        if chunk.slot is not None:
-            chunk.slot.pool.release(chunk.slot)
-            chunk.slot = None
-
-    def borrow_slot(self, chunk: Chunk) -> Slot:
-        """Any slot of the chunk's class for staging, outside of training."""
-        for pools in (self._weight_pools, self._grad_pools):
-            slot = pools[chunk.spec.index].acquire(chunk.name)
-            if slot is not None:
-                return slot
-        raise StateError(f"no slot to stage chunk {chunk.name} in.")
+        while (slot := self.residence.weight_slot(chunk, demand=demand)) is None and demand:
+            self._block_or_refuse(f"a host slot for {chunk.name}", UPDATE)
+        return slot
 
     def acquire_grad_slot(self, chunk: Chunk, spill_other: Callable[[], bool]) -> Slot:
-        """A gradient slot; waits for updates and spills in flight, then asks `spill_other` to make room."""
-        pool = self._grad_pools[chunk.spec.index]
-        while True:
-            slot = pool.acquire(chunk.name)
-            if slot is not None:
-                return slot
-            if self._in_flight:
-                self._block(UPDATE)
+        """A gradient slot. Waits for updates and spills in flight; then `spill_other` makes room."""
+        while (slot := self.residence.grad_slot(chunk)) is None:
+            if self._flight:
+                self.block(UPDATE)
             elif not spill_other():
                 self._block_or_refuse(f"a gradient slot for {chunk.name}", UPDATE)
+        return slot
 
     # ---- updates -----------------------------------------------------------------------------------
 
@@ -355,7 +282,7 @@ class Engine:
         """Start the update of a chunk whose gradient is complete (eager)."""
         chunk = self.chunks[index]
         while chunk.residency in _BUSY:
-            self._block(self._cause(chunk))
+            self.block(self._cause(chunk))
         chunk.update = Update(ops)
         self._start_update(chunk, keep=False, demand=True)
 
@@ -363,12 +290,14 @@ class Engine:
         """Hand a chunk to the update worker. With `keep` the new weights land in a slot, ready for use."""
         gradient, update = chunk.gradient, chunk.update
         if gradient is None or update is None or chunk.num_users:
-            raise StateError(f"chunk {chunk.name} cannot be updated: it is in use or has no gradient.")
+            raise StateError(
+                f"chunk {chunk.name} cannot be updated: it is in use or has no gradient."
+            )
         while gradient.moving:
             if not demand:
                 return True  # under way: the spill ends first
-            self._block(Link.WRITE.value)
-        self._drop_gpu(chunk)
+            self.block(Link.WRITE.value)
+        self.residence.drop_gpu(chunk)
         fresh = keep and chunk.host_weight() is None
         if fresh:
             chunk.slot = self._weight_slot(chunk, demand=demand)
@@ -377,9 +306,14 @@ class Engine:
         planes = [self._argument(chunk, plane, fresh=fresh) for plane in Plane]
         update.started = True
         chunk.to(Residency.UPDATING)
-        tag = self._track(Link.WRITE, chunk, 0, self._finish_update(chunk))
-        self._num_updating += 1
-        self._pipeline.submit(tag, self.plan.fmt.native_code, chunk.spec.numel, planes, update.ops)
+        self._flight.start_update(
+            chunk.name,
+            self.plan.fmt.native_code,
+            chunk.spec.numel,
+            planes,
+            update.ops,
+            self._finish_update(chunk),
+        )
         return True
 
     def _argument(self, chunk: Chunk, plane: Plane, *, fresh: bool) -> PlaneArgument | None:
@@ -405,7 +339,7 @@ class Engine:
         slot = gradient.hi if plane is Plane.GRAD else gradient.lo
         return None if slot is None else PlaneArgument(slot.region.address)
 
-    def _finish_update(self, chunk: Chunk) -> Callable[[int, int, int], None]:
+    def _finish_update(self, chunk: Chunk) -> Finish:
         def finish(result: int, fd: int, offset: int) -> None:
             chunk.to(Residency.CPU if chunk.host_weight() is not None else Residency.NVME)
             chunk.update = None
@@ -438,28 +372,25 @@ class Engine:
         while chunk.update is not None:
             if not chunk.update.started:
                 while chunk.residency in _BUSY:
-                    self._block(self._cause(chunk))
+                    self.block(self._cause(chunk))
                 self._start_update(chunk, keep=False, demand=True)
             if not wait:
                 return
-            self._block(UPDATE)
+            self.block(UPDATE)
 
     def invalidate(self, chunk: Chunk) -> None:
         """Forget every copy of a chunk's weights but the one at rest, which is about to be written."""
         while chunk.residency in _BUSY:
-            self._block(self._cause(chunk))
-        self._drop_gpu(chunk)
+            self.block(self._cause(chunk))
+        self.residence.drop_gpu(chunk)
         if chunk.slot is not None:
-            self._drop_host(chunk)
-
-    @property
-    def gpu_nbytes(self) -> int:
-        """Bytes of weight slots on the compute device."""
-        return sum(slot.tensor.nbytes for pool in set(self._gpu_pools.values()) for slot in pool.slots)
+            self.residence.drop_host(chunk)
 
     # ---- planes as tensors: start-up, export, inspection -------------------------------------------
 
-    def move_plane(self, op: int, extent: Extent, address: int, chunk: Chunk, *, cause: str) -> None:
+    def move_plane(
+        self, op: int, extent: Extent, address: int, chunk: Chunk, *, cause: str
+    ) -> None:
         """Read or write one whole plane against memory at `address`, and wait for it."""
         done: list[int] = []
 
@@ -471,7 +402,7 @@ class Engine:
 
         self.start_plane(op, extent, address, chunk, finish)
         while not done:
-            self._block(cause)
+            self.block(cause)
 
     def start_plane(
         self,
@@ -479,144 +410,64 @@ class Engine:
         extent: Extent,
         address: int,
         chunk: Chunk,
-        finish: Callable[[int, int, int], None],
+        finish: Finish,
         priority: int = io.DEMAND,
     ) -> None:
         """Start moving one whole plane between its extent and memory at `address`; `finish` runs in poll."""
-        if self.store is None or self._queue is None:
+        if self.store is None:
             raise StateError(f"chunk {chunk.name}: there is no NVMe tier.")
         link = Link.READ if op == io.READ else Link.WRITE
-        tag = self._track(link, chunk, extent.nbytes, finish)
-        self._num_moving += 1
-        self._queue.submit(op, tag, self.store.io_segments(extent, address), priority)
-
-    def _start_io(
-        self,
-        op: int,
-        chunk: Chunk,
-        extent: Extent,
-        slot: Slot,
-        finish: Callable[[int, int, int], None],
-        priority: int,
-    ) -> None:
-        self.start_plane(op, extent, slot.region.address, chunk, finish, priority)
+        segments = self.store.io_segments(extent, address)
+        self._flight.start_io(op, link, chunk.name, segments, finish, priority)
 
     # ---- completions -------------------------------------------------------------------------------
 
-    def _track(
-        self,
-        link: Link,
-        chunk: Chunk,
-        nbytes: int,
-        finish: Callable[[int, int, int], None],
-        *,
-        event: DeviceEvent | None = None,
-        keep: tuple[object, ...] = (),
-    ) -> int:
-        tag = next(self._tags)
-        self._in_flight[tag] = Transfer(
-            tag, link, chunk.name, nbytes, time.perf_counter(), finish, event, keep
-        )
-        return tag
-
     def start_d2h(
-        self,
-        chunk: Chunk,
-        target: torch.Tensor,
-        source: torch.Tensor,
-        finish: Callable[[int, int, int], None],
+        self, chunk: Chunk, target: torch.Tensor, source: torch.Tensor, finish: Finish
     ) -> None:
         """Copy a device tensor to the slab behind the compute submitted so far; `finish` runs in poll."""
         event = self.device.d2h(target, source)
-        self._track(Link.D2H, chunk, target.nbytes, finish, event=event, keep=(source,))
+        self._flight.start_copy(Link.D2H, chunk.name, target.nbytes, event, finish, (source,))
 
     def poll(self) -> None:
         """Act on whatever has finished; never blocks."""
         with self.lock:
-            self._drain(None)
+            self._flight.poll()
 
     def block(self, cause: str) -> None:
         """Wait until something in flight finishes, and act on it; the time counts as a stall on `cause`."""
-        self._block(cause)
-
-    def _block(self, cause: str) -> None:
-        start = time.perf_counter()
-        try:
-            self._drain(cause)
-        finally:
-            end = time.perf_counter()
-            self.stats.stalled(cause, end - start)
-            self.timeline.record("stall", cause, "stall", start, end)
+        self._flight.block(cause)
 
     def _block_or_refuse(self, what: str, cause: str) -> None:
-        if not self._in_flight:
+        if not self._flight:
             raise StateError(
-                f"no {what}: all are in use and nothing is in flight. More chunks are needed at the same time "
-                "than there are slots; raise tiers.cpu.budget (or tiers.cpu.weight_slots / grad_slots)."
+                f"no {what}: all are in use and nothing is in flight. More chunks are needed at the "
+                "same time than there are slots; raise tiers.cpu.budget (or tiers.cpu.weight_slots, "
+                "tiers.cpu.grad_slots)."
             )
-        self._block(cause)
+        self.block(cause)
 
-    def _drain(self, cause: str | None) -> None:
-        """Collect completions from all sources. With a cause, first sleep until one of them has something."""
-        if cause is not None and not self._in_flight:
-            raise StateError(f"waiting for {cause} with nothing in flight.")
-        self._drain_events(block=cause in (Link.H2D.value, Link.D2H.value))
-        on_updates = self._num_updating > 0 and (cause == UPDATE or not self._num_moving)
-        self._drain_updates(_WAIT_S if cause is not None and on_updates else 0.0)
-        on_queue = cause is not None and not on_updates and self._num_moving > 0
-        self._drain_queue(_WAIT_S if on_queue else 0.0)
-
-    def _drain_queue(self, timeout_s: float) -> None:
-        if self._queue is None:
-            return
-        for done in self._queue.wait(timeout_s) if timeout_s else self._queue.poll():
-            self._num_moving -= 1
-            self._finish(done.tag, done.result, done.fd, done.offset, done.seconds)
-
-    def _drain_updates(self, timeout_s: float) -> None:
-        for done in self._pipeline.wait(timeout_s) if timeout_s else self._pipeline.poll():
-            self._num_updating -= 1
-            self.stats.moved(Link.READ, done.read_nbytes, 0.0)
-            self.stats.moved(Link.WRITE, done.write_nbytes, 0.0)
-            self.stats.updated(done.kernel_seconds)
-            self._finish(done.tag, done.result, done.fd, done.offset, done.seconds, kind=UPDATE)
-
-    def _drain_events(self, *, block: bool) -> None:
-        for transfer in [t for t in self._in_flight.values() if t.event is not None]:
-            event = transfer.event
-            if event is not None and block:
-                event.synchronize()
-            if event is not None and event.query():
-                self._finish(transfer.tag, 0, -1, -1, time.perf_counter() - transfer.start)
-
-    def _finish(
-        self, tag: int, result: int, fd: int, offset: int, seconds: float, *, kind: str = ""
-    ) -> None:
-        transfer = self._in_flight.pop(tag)
-        end = time.perf_counter()
-        lane = kind or transfer.link.value
-        self.timeline.record(lane, transfer.chunk, lane, transfer.start, end, transfer.nbytes)
-        self.stats.moved(transfer.link, transfer.nbytes, seconds)
-        try:
-            transfer.finish(result, fd, offset)
-        except BaseException as error:
-            self._failure = error
-            raise
-
-    def _storage_error(self, result: int, action: str, fd: int, offset: int, chunk: Chunk) -> Exception:
+    def _storage_error(
+        self, result: int, action: str, fd: int, offset: int, chunk: Chunk
+    ) -> Exception:
         if self.store is None:
             return StateError(f"{action} chunk {chunk.name} failed without a store ({result}).")
         return self.store.error(-result, action, fd, offset, chunk.name)
 
     def _check_alive(self) -> None:
-        if self._failure is not None:
+        failure = self._flight.failure
+        if failure is not None:
             raise StateError(
-                f"the engine stopped at an earlier error: {self._failure} Leave the context and start again."
-            ) from self._failure
+                f"the engine stopped at an earlier error: {failure} Leave the context and start again."
+            ) from failure
 
     @property
     def failed(self) -> bool:
-        return self._failure is not None
+        return self._flight.failure is not None
+
+    @property
+    def stats(self) -> StatsCounter:
+        return self._flight.stats
 
     # ---- ends --------------------------------------------------------------------------------------
 
@@ -627,24 +478,15 @@ class Engine:
             self.stats.roll()
 
     def drain(self) -> None:
-        """Wait for everything in flight, whatever becomes of it. The first error is kept as the failure."""
+        """Wait for everything in flight, whatever becomes of it."""
         with self.lock:
-            while self._in_flight:
-                try:
-                    self._drain(UPDATE)
-                except Exception as error:
-                    self._failure = self._failure or error
+            self._flight.drain()
 
     def close(self) -> None:
         """Drain, stop the native threads, remove the files. Idempotent; never raises for lost transfers."""
         with self.lock:
-            self.drain()
-            self._pipeline.close()
-            if self._queue is not None:
-                self._queue.close()
+            self._flight.close()
             self.device.close()
             if self.store is not None:
                 self.store.close()
             self.slab.close()
-
-

@@ -34,7 +34,14 @@ class StorageError(OffloadError, OSError):
     """An I/O operation failed. Carries errno, path, offset (bytes), chunk name, and a remedy in the text."""
 
     def __init__(
-        self, code: int, action: str, *, path: str, offset: int = -1, chunk: str = "", remedy: str = ""
+        self,
+        code: int,
+        action: str,
+        *,
+        path: str,
+        offset: int = -1,
+        chunk: str = "",
+        remedy: str = "",
     ) -> None:
         self.path = path
         self.offset = offset

@@ -20,7 +20,12 @@ ReadWeights = Callable[[Chunk], dict[str, torch.Tensor]]
 
 
 def export_model(
-    model: nn.Module, chunks: list[Chunk], read: ReadWeights, folder: Path, *, shard_nbytes: int = SHARD_NBYTES
+    model: nn.Module,
+    chunks: list[Chunk],
+    read: ReadWeights,
+    folder: Path,
+    *,
+    shard_nbytes: int = SHARD_NBYTES,
 ) -> Path:
     """Write `folder` so that transformers' from_pretrained loads it: shards, index, config.
 
@@ -48,7 +53,9 @@ def export_model(
 
 
 def _shard_name(number: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    return (
+        "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    )
 
 
 def _write_index(folder: Path, weight_map: dict[str, str], total: int, *, sharded: bool) -> None:

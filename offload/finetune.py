@@ -19,6 +19,7 @@ import offload
 from offload import machine
 from offload.data import Batches, Corpus, DataSection, Tokenizer, prepare_corpus
 from offload.errors import NumericsError, PolicyError
+from offload.loss import next_token_loss
 from offload.policy import OffloadPolicy, Section, load_config
 from offload.progress import Bar, JsonlLog, Reporter, short_nbytes
 from offload.sources import (
@@ -141,10 +142,9 @@ class Result:
 
 def run(config: FinetuneConfig, reporter: Reporter) -> Result:
     """Run a job from start to end. Blocks until done; Ctrl-C ends it after the step under way."""
-    baseline = machine.rss()
     _check_output(config.output)
     with quiet_transformers():
-        return _Job(config, reporter, baseline).run()
+        return _Job(config, reporter).run()
 
 
 def plan_job(config: FinetuneConfig, reporter: Reporter) -> Any:
@@ -171,27 +171,26 @@ def _check_output(output: OutputSection) -> None:
 class _Job:
     """One run. Its methods are the steps that the user sees, in order."""
 
-    def __init__(self, config: FinetuneConfig, reporter: Reporter, baseline_nbytes: int) -> None:
+    def __init__(self, config: FinetuneConfig, reporter: Reporter) -> None:
         self.config = config
         self.train = config.train
         self.policy = config.policy()
         self.reporter = reporter
-        self.baseline_nbytes = baseline_nbytes
 
     def run(self) -> Result:
         torch.manual_seed(self.train.seed)
         source = open_source(self.config.model, lambda text: self.reporter.say("model", text))
         corpus = self._prepare_text(source)
         folder = self.config.output.folder
+        baseline_nbytes = machine.rss()
         with JsonlLog(folder / LOG_NAME) as log, start_engine(source, self.policy) as engine:
             self._say_setup(source, engine)
             log.write("start", config=self.config.model_dump(mode="json"), plan=str(engine.plan))
             result = self._train_and_compare(engine, source, corpus, log)
-            memory = engine.memory()
             self.reporter.say("saving", f"the trained model to {folder}")
             engine.export(folder)
             source.tokenizer.save_pretrained(folder)
-            self._say_memory(memory)
+            self._say_memory(engine, baseline_nbytes)
         self.reporter.say("reloaded", f"by transformers: {run_child('check', folder)}")
         return result
 
@@ -308,7 +307,7 @@ class _Job:
         total = 0.0
         for part in range(num):
             loss = _loss(engine.model, batches.batch((step - 1) * num + part)) / num
-            total += float(loss)
+            total += loss.item()
             if not math.isfinite(total):
                 raise NumericsError(
                     f"the loss of step {step} is {total}; the weights are as step {step - 1} "
@@ -328,11 +327,15 @@ class _Job:
         )
         self.reporter.say("traffic", f"of the last step: {moved or 'none, all in memory'}")
 
-    def _say_memory(self, memory: Any) -> None:
-        peak, baseline = short_nbytes(machine.peak_rss()), short_nbytes(self.baseline_nbytes)
+    def _say_memory(self, engine: Any, baseline_nbytes: int) -> None:
+        memory = engine.memory()
+        self.reporter.say("memory", str(memory))
+        peak, slab = memory.peak_rss_nbytes, memory.slab_nbytes
         self.reporter.say(
-            "memory",
-            f"{memory}\npeak resident {peak}, of it {baseline} Python and libraries before the job",
+            "resident",
+            f"{short_nbytes(peak)} at most: {short_nbytes(baseline_nbytes)} Python, libraries and "
+            f"tokenizer, {short_nbytes(slab)} slab, {short_nbytes(peak - baseline_nbytes - slab)} "
+            "activations, logits and the rest",
         )
 
 
@@ -387,8 +390,7 @@ def sample(model: torch.nn.Module, tokenizer: Tokenizer, prompt: str, num_tokens
 def _loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
     """Mean loss per token of int64 [batch, length]; every token but the first is predicted."""
     batch = batch.to(_input_device(model))
-    loss: torch.Tensor = model(input_ids=batch, labels=batch, use_cache=False).loss
-    return loss
+    return next_token_loss(model(input_ids=batch, use_cache=False).logits, batch)
 
 
 def _input_device(model: torch.nn.Module) -> torch.device:

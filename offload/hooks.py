@@ -46,7 +46,9 @@ class Autograd:
         self.gradients = gradients
         self.split = False  # a block is adding up its micro-batches
         self.outer_task = -1  # the user's backward while a block runs its own inside
-        self.shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [Note: shared inputs] in blocks.py
+        self.shared: dict[
+            int, tuple[torch.Tensor, torch.Tensor]
+        ] = {}  # [Note: shared inputs] in blocks.py
         self._held: set[int] = set()
         self._node: object = None
         self._task = -1  # the backward whose end callback is queued

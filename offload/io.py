@@ -35,11 +35,15 @@ class IoCompletion:
 class IoQueue:
     """Submission and completion queue. `submit` never blocks; `wait` blocks without the GIL."""
 
-    def __init__(self, backend: str, *, depth: int = QUEUE_DEPTH, block_nbytes: int = BLOCK_NBYTES) -> None:
+    def __init__(
+        self, backend: str, *, depth: int = QUEUE_DEPTH, block_nbytes: int = BLOCK_NBYTES
+    ) -> None:
         self._queue = _native.IoQueue(backend, depth, block_nbytes, NUM_THREADS)
         self.backend = backend
 
-    def submit(self, op: int, tag: int, segments: Sequence[Segment], priority: int = DEMAND) -> None:
+    def submit(
+        self, op: int, tag: int, segments: Sequence[Segment], priority: int = DEMAND
+    ) -> None:
         """Start one transfer over all segments; it completes exactly once. Buffers must outlive it."""
         self._queue.submit(op, tag, priority, segments)
 

@@ -33,14 +33,20 @@ class Gradients:
         self.ops_of: OpsOf | None = None
         self.num_backwards = 0  # since the last step
         self.must_zero = False  # step() has consumed the gradients, zero_grad() has not been called
-        self._arriving: dict[int, set[int]] = {}  # chunk index -> positions on their way from the device
+        self._arriving: dict[
+            int, set[int]
+        ] = {}  # chunk index -> positions on their way from the device
         self._bounces: dict[int, Slot] = {}
-        self._sums: dict[int, dict[int, float]] = {}  # sums of squares of this step, kept beyond eager updates
+        self._sums: dict[
+            int, dict[int, float]
+        ] = {}  # sums of squares of this step, kept beyond eager updates
         self._updated: set[int] = set()  # chunks whose eager update has been given out in this step
 
     # ---- landing -----------------------------------------------------------------------------------
 
-    def land(self, index: int, position: int, grad: torch.Tensor, graph_task: int, *, split: bool) -> None:
+    def land(
+        self, index: int, position: int, grad: torch.Tensor, graph_task: int, *, split: bool
+    ) -> None:
         """Take one parameter's gradient from autograd. `split` says that micro-batches of a block add up in fp32."""
         with self.engine.lock:
             chunk = self.engine.chunks[index]
@@ -69,7 +75,9 @@ class Gradients:
                 "one backward() per step(); set optimizer.update: deferred for gradient accumulation."
             )
         if grad.layout is not torch.strided:
-            raise StateError(f"{name} has a sparse gradient; build the embedding with sparse=False.")
+            raise StateError(
+                f"{name} has a sparse gradient; build the embedding with sparse=False."
+            )
         self.engine.finish_update(chunk, wait=True)
 
     def _begin(self, chunk: Chunk) -> Gradient:
@@ -95,7 +103,9 @@ class Gradients:
         try:
             gradient.lo = self._slot(chunk)
         except StateError as error:
-            nbytes = sum(s.nbytes(Plane.GRAD_LO, self.engine.plan.fmt) for s in self.engine.plan.specs)
+            nbytes = sum(
+                s.nbytes(Plane.GRAD_LO, self.engine.plan.fmt) for s in self.engine.plan.specs
+            )
             raise BudgetError(
                 f"gradient accumulation in fp32 needs {nbytes} bytes more. Raise tiers.cpu.budget by that much, "
                 "or name a drive in tiers.nvme.paths."
@@ -113,10 +123,14 @@ class Gradients:
         if gradient is None or gradient.hi is None:
             raise StateError(f"chunk {chunk.name} has no slot for its gradient.")
         high = self._view(chunk, gradient.hi, Plane.GRAD, position)
-        low = None if gradient.lo is None else self._view(chunk, gradient.lo, Plane.GRAD_LO, position)
+        low = (
+            None if gradient.lo is None else self._view(chunk, gradient.lo, Plane.GRAD_LO, position)
+        )
         gradient.sum_squares[position] = land_gradient(source, high, low, mode)
 
-    def _land_from_device(self, chunk: Chunk, position: int, grad: torch.Tensor, mode: LandMode) -> None:
+    def _land_from_device(
+        self, chunk: Chunk, position: int, grad: torch.Tensor, mode: LandMode
+    ) -> None:
         """Copy out beside compute. The first gradient goes straight to its plane, later ones through a bounce slot."""
         index = chunk.spec.index
         arriving = self._arriving.setdefault(index, set())
@@ -164,7 +178,9 @@ class Gradients:
                 ops = self.ops_of(chunk)
                 if ops:
                     self.engine.update_now(index, ops)
-            elif not (self.engine.plan.grads_resident or chunk.gradient.spilled or chunk.gradient.moving):
+            elif not (
+                self.engine.plan.grads_resident or chunk.gradient.spilled or chunk.gradient.moving
+            ):
                 self._await_arrivals(chunk)
                 self._spill(chunk, chunk.gradient)
 
@@ -210,7 +226,12 @@ class Gradients:
         """Make room: spill the partial gradient of another chunk of the same size class."""
         for other in self.engine.chunks:
             gradient = other.gradient
-            if other is chunk or gradient is None or gradient.hi is None or Plane.GRAD not in other.extents:
+            if (
+                other is chunk
+                or gradient is None
+                or gradient.hi is None
+                or Plane.GRAD not in other.extents
+            ):
                 continue
             mine = self.engine.plan.pool_of(chunk.spec.index)
             if other.spec.index in mine.members and not gradient.moving and other.update is None:
@@ -220,7 +241,12 @@ class Gradients:
         return False
 
     def _start_move(
-        self, op: int, chunk: Chunk, plane: Plane, slot: Slot, finish: Callable[[int, int, int], None]
+        self,
+        op: int,
+        chunk: Chunk,
+        plane: Plane,
+        slot: Slot,
+        finish: Callable[[int, int, int], None],
     ) -> None:
         self.engine.start_plane(
             op, chunk.extents[plane], slot.region.address, chunk, finish, io.WRITE_BACK
@@ -307,7 +333,9 @@ class Gradients:
             gradient, param = chunk.gradient, chunk.spec.params[position]
             self._await_arrivals(chunk)
             if gradient is None or position not in gradient.sum_squares:
-                raise StateError(f"{param.name} has no gradient: none has landed since the last step.")
+                raise StateError(
+                    f"{param.name} has no gradient: none has landed since the last step."
+                )
             self._bring_back(chunk, gradient)
             if gradient.hi is None:
                 raise StateError(f"the gradient of {param.name} has been given to its update.")
@@ -318,5 +346,3 @@ class Gradients:
             joined = torch.empty(param.numel, dtype=torch.float32)
             join_master(high, low, joined)
             return joined.view(param.shape)
-
-

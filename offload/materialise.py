@@ -22,7 +22,9 @@ from offload.formats import Plane, split_master
 from offload.tier import Link
 
 logger = logging.getLogger("offload")
-WeightSource = Callable[[ParamSpec, torch.Tensor], None]  # fills the tensor (shape of the parameter, fp32)
+WeightSource = Callable[
+    [ParamSpec, torch.Tensor], None
+]  # fills the tensor (shape of the parameter, fp32)
 
 
 def fill_chunk(engine: Engine, chunk: Chunk, source: WeightSource) -> None:
@@ -55,7 +57,7 @@ def _stage(engine: Engine, chunk: Chunk) -> tuple[dict[Plane, torch.Tensor], dic
         if plane in chunk.pinned:
             planes[plane] = chunk.pinned[plane].view(dtype, numel)
         else:
-            slot = engine.borrow_slot(chunk)
+            slot = engine.residence.borrow(chunk)
             staged[plane] = (slot, chunk.extents[plane])
             planes[plane] = slot.region.view(dtype, numel)
     return planes, staged
@@ -68,7 +70,9 @@ def _store(
     if weight.dtype is torch.float32:
         weight[place].copy_(master)
     else:
-        low = residue[place] if residue is not None else torch.empty(param.numel, dtype=torch.uint16)
+        low = (
+            residue[place] if residue is not None else torch.empty(param.numel, dtype=torch.uint16)
+        )
         split_master(master, weight[place], low)
 
 
@@ -162,7 +166,9 @@ def materialise_buffers(model: nn.Module) -> None:
         if not buffers:
             continue
         for key, buffer in buffers.items():
-            module._buffers[key] = torch.full_like(buffer, float("nan") if buffer.is_floating_point() else 0, device="cpu")
+            module._buffers[key] = torch.full_like(
+                buffer, float("nan") if buffer.is_floating_point() else 0, device="cpu"
+            )
         _initialise(model, name, module)
         for key in buffers:
             buffer = module._buffers[key]
@@ -187,7 +193,9 @@ class SafetensorsFolder:
         if index.exists():
             self._files = json.loads(index.read_text())["weight_map"]
         elif (folder / "model.safetensors").exists():
-            self._files = {key: "model.safetensors" for key in self._handle("model.safetensors").keys()}  # noqa: SIM118
+            self._files = {
+                key: "model.safetensors" for key in self._handle("model.safetensors").keys()
+            }  # noqa: SIM118
         else:
             raise StateError(
                 f"{folder} holds no model.safetensors and no model.safetensors.index.json; "

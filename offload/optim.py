@@ -64,11 +64,16 @@ class AdamW(torch.optim.Optimizer):
         if hasattr(self, "_group_of"):
             self._group_of = self._index_groups()
 
-    def ops_for(self, chunk: Chunk, positions: Iterable[int], scales: dict[tuple[int, int], float]) -> list[AdamWOp]:
+    def ops_for(
+        self, chunk: Chunk, positions: Iterable[int], scales: dict[tuple[int, int], float]
+    ) -> list[AdamWOp]:
         """The update of the given parameters of a chunk, with the present hyperparameters; counts their steps."""
         ops = []
         for position in sorted(positions):
-            spec, group_index = chunk.spec.params[position], self._group_of.get(id(chunk.params[position]))
+            spec, group_index = (
+                chunk.spec.params[position],
+                self._group_of.get(id(chunk.params[position])),
+            )
             if group_index is None:
                 continue
             group = self.param_groups[group_index]

@@ -13,7 +13,9 @@ from offload.chunk import ChunkSpec, make_spec
 from offload.errors import PolicyError, StateError
 from offload.formats import is_supported_dtype
 
-SMALL_NUMEL = 65536  # outside of blocks, a tensor below this lives in the one chunk that stays in RAM
+SMALL_NUMEL = (
+    65536  # outside of blocks, a tensor below this lives in the one chunk that stays in RAM
+)
 
 
 @dataclasses.dataclass(slots=True)
@@ -83,7 +85,9 @@ class _Builder:
 
     def add_block(self, name: str, module: nn.Module) -> None:
         self._blocks.append((module, len(self._rows)))
-        self._add_row(name, [(f"{name}.{key}", p) for key, p in module.named_parameters()], is_block=True)
+        self._add_row(
+            name, [(f"{name}.{key}", p) for key, p in module.named_parameters()], is_block=True
+        )
 
     def add_owner(self, name: str, module: nn.Module) -> None:
         prefix = f"{name}." if name else ""
@@ -101,7 +105,9 @@ class _Builder:
             self._add_row(name or type(module).__name__, large, is_block=False)
         self._owners.append((module, [self._home[id(p)] for _, p in params]))
 
-    def _add_row(self, name: str, params: list[tuple[str, nn.Parameter]], *, is_block: bool) -> None:
+    def _add_row(
+        self, name: str, params: list[tuple[str, nn.Parameter]], *, is_block: bool
+    ) -> None:
         for _, param in params:
             self._home[id(param)] = len(self._rows)
         self._rows.append((name, params, is_block))

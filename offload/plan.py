@@ -70,7 +70,9 @@ class Plan:
 
     def _pinned_nbytes(self, plane: Plane) -> int:
         return sum(
-            self.specs[index].nbytes(plane, self.fmt) for index, which in self.pinned if which is plane
+            self.specs[index].nbytes(plane, self.fmt)
+            for index, which in self.pinned
+            if which is plane
         )
 
     @property
@@ -81,7 +83,9 @@ class Plan:
     def state_nbytes(self) -> int:
         """Bytes of all persistent planes on all tiers."""
         return sum(
-            spec.nbytes(plane, self.fmt) for spec in self.specs for plane in spec.state_planes(self.fmt)
+            spec.nbytes(plane, self.fmt)
+            for spec in self.specs
+            for plane in spec.state_planes(self.fmt)
         )
 
     def nvme_planes(self, spec: ChunkSpec) -> list[Plane]:
@@ -99,7 +103,11 @@ class Plan:
 
     def traffic(self, order: Sequence[int] | None = None) -> tuple[int, int]:
         """Predicted (bytes read, bytes written) on NVMe per optimizer step with one backward, in steady state."""
-        order = list(order if order is not None else default_order([s.index for s in self.specs if not s.is_small]))
+        order = list(
+            order
+            if order is not None
+            else default_order([s.index for s in self.specs if not s.is_small])
+        )
         read = write = 0
         for pool in self.pools:
             members = [i for i in pool.members if (i, Plane.WEIGHT) not in self.pinned]
@@ -154,7 +162,11 @@ class _Planner:
     """Tries the layouts from the fastest to the smallest, and takes the first that fits."""
 
     def __init__(
-        self, specs: tuple[ChunkSpec, ...], fmt: StateFormat, policy: OffloadPolicy, host_compute: bool
+        self,
+        specs: tuple[ChunkSpec, ...],
+        fmt: StateFormat,
+        policy: OffloadPolicy,
+        host_compute: bool,
     ) -> None:
         self.specs, self.fmt, self.policy = specs, fmt, policy
         self.host_compute = host_compute
@@ -169,7 +181,9 @@ class _Planner:
             if everything is not None:
                 return everything
         if not self.has_nvme:
-            raise self._refusal(self._ram_only(extra_lo=False).slab_nbytes, "tiers.nvme.paths is not set")
+            raise self._refusal(
+                self._ram_only(extra_lo=False).slab_nbytes, "tiers.nvme.paths is not set"
+            )
         plan = self._smallest()
         if round_up(plan.slab_nbytes, HUGE_PAGE_NBYTES) > self.budget:
             raise self._refusal(plan.slab_nbytes, "with one slot per size class and nothing pinned")
@@ -285,7 +299,9 @@ class _Planner:
         if not self.host_compute:
             gpu = min(WEIGHT_SLOTS_TARGET, len(members))
         return PoolSpec(
-            name=self.specs[members[0]].name if len(members) == 1 else f"{len(members)}x{format_nbytes(nbytes)}",
+            name=self.specs[members[0]].name
+            if len(members) == 1
+            else f"{len(members)}x{format_nbytes(nbytes)}",
             slot_nbytes=nbytes,
             members=members,
             num_weight_slots=weight,

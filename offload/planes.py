@@ -117,7 +117,9 @@ class PlaneReader:
         before = {}
         for chunk in chunks:
             if chunk.override is not None:
-                raise StateError(f"chunk {chunk.name} is gathered already; leave the inner gathered() first.")
+                raise StateError(
+                    f"chunk {chunk.name} is gathered already; leave the inner gathered() first."
+                )
             before[chunk.spec.index] = self._read(chunk, Plane.WEIGHT)
         for chunk in chunks:
             chunk.override = before[chunk.spec.index].to(engine.device.torch_device, copy=True)

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-NUM_PLAIN_LINES = 20  # of a bar that is not on a terminal
+NUM_PLAIN_LINES = 20  # at most, of a bar that is not on a terminal
+PLAIN_LINE_S = 2.0  # and not more often than this
 LABEL_WIDTH = 12
 
 
@@ -69,16 +70,18 @@ class RichBar(Bar):
 
 
 class PlainBar(Bar):
-    """Lines for a log file: about NUM_PLAIN_LINES of them, the first and the last always."""
+    """Lines for a log file: few, whatever the job; the last one always if it has a note."""
 
     def __init__(self, reporter: Reporter, label: str, total: int) -> None:
         self._reporter, self._label, self._total = reporter, label, total
-        self._num_said = 0
+        self._due_done, self._due_time = 0.0, time.monotonic() + PLAIN_LINE_S
 
     def update(self, done: int, note: str = "") -> None:
-        if done * NUM_PLAIN_LINES >= self._num_said * self._total or done == self._total:
-            self._num_said = done * NUM_PLAIN_LINES // self._total + 1
-            self._reporter.say(self._label, f"{done}/{self._total}" + (f"  {note}" if note else ""))
+        is_due = done >= self._due_done and time.monotonic() >= self._due_time
+        if is_due or (note and done == self._total):
+            self._due_done = done + self._total / NUM_PLAIN_LINES
+            self._due_time = time.monotonic() + PLAIN_LINE_S
+            self._reporter.say(self._label, f"{done}/{self._total}  {note}".rstrip())
 
 
 class JsonlLog:

@@ -39,7 +39,7 @@ def memory_report(plan: Plan, engine: Engine) -> MemoryReport:
         slab_nbytes=engine.slab.nbytes,
         budget_nbytes=plan.cpu_budget_nbytes,
         nvme_nbytes=engine.store.nbytes if engine.store is not None else 0,
-        gpu_nbytes=engine.gpu_nbytes,
+        gpu_nbytes=engine.residence.gpu_nbytes,
         rss_nbytes=machine.rss(),
         peak_rss_nbytes=machine.peak_rss(),
     )

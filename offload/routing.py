@@ -30,7 +30,9 @@ class Owner(Protocol):
 
     def total_norm(self, norm_type: float) -> torch.Tensor: ...
 
-    def scale_gradients(self, params: list[torch.Tensor], max_norm: float, total: torch.Tensor) -> None: ...
+    def scale_gradients(
+        self, params: list[torch.Tensor], max_norm: float, total: torch.Tensor
+    ) -> None: ...
 
     def attach(self, optimizer: Any) -> None: ...
 
@@ -86,14 +88,19 @@ def _replace(module: types.ModuleType, name: str, make: Callable[[Any], Any]) ->
 
 def _route_norm(original: Any) -> Any:
     def total_norm(
-        tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+        tensors: Any,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
     ) -> torch.Tensor:
         tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         holders = [owner for owner in _owners if owner.has_gradients()]
         if tensors or not holders:
             return original(tensors, norm_type, error_if_nonfinite, foreach)  # type: ignore[no-any-return]
         if len(holders) > 1:
-            raise StateError("clip_grad_norm_ with two offloaded models: use engine.clip_grad_norm_(params).")
+            raise StateError(
+                "clip_grad_norm_ with two offloaded models: use engine.clip_grad_norm_(params)."
+            )
         norm = holders[0].total_norm(norm_type)
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"The total norm of order {norm_type} for gradients is non-finite.")
@@ -103,7 +110,9 @@ def _route_norm(original: Any) -> Any:
 
 
 def _route_scaling(original: Any) -> Any:
-    def scale(parameters: Any, max_norm: float, total_norm: torch.Tensor, foreach: bool | None = None) -> None:
+    def scale(
+        parameters: Any, max_norm: float, total_norm: torch.Tensor, foreach: bool | None = None
+    ) -> None:
         params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         owners = {id(owner): owner for p in params if (owner := owner_of(p)) is not None}
         for owner in owners.values():

@@ -37,7 +37,9 @@ from offload.update import pack_ops
 
 logger = logging.getLogger("offload")
 TIMELINE_CAPACITY = 200_000
-_BASELINE_MARGIN = 1.1  # leave a tenth of what giving the weights back needs, for the model's first forward
+_BASELINE_MARGIN = (
+    1.1  # leave a tenth of what giving the weights back needs, for the model's first forward
+)
 
 
 def plan_for(model: nn.Module, policy: OffloadPolicy) -> Plan:
@@ -47,7 +49,9 @@ def plan_for(model: nn.Module, policy: OffloadPolicy) -> Plan:
     """
     device = policy.tiers.gpu.device
     host = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    return make_plan(partition(model).specs, FORMATS[policy.state.format], policy, host_compute=host)
+    return make_plan(
+        partition(model).specs, FORMATS[policy.state.format], policy, host_compute=host
+    )
 
 
 class Session:
@@ -66,7 +70,9 @@ class Session:
         self._undo: list[Callable[[], None]] = []
         self._optimizer: Any = None
         self._scales: dict[tuple[int, int], float] = {}
-        self._captured: list[tuple[Any, ...]] | None = None  # hyperparameters of this step's eager updates
+        self._captured: list[tuple[Any, ...]] | None = (
+            None  # hyperparameters of this step's eager updates
+        )
         self._clipped = False
         self._checked = False
         self._refuse_twice()
@@ -92,7 +98,9 @@ class Session:
 
     def _refuse_twice(self) -> None:
         if any(routing.owner_of(param) is not None for param in self.model.parameters()):
-            raise StateError("this model is offloaded already; close the first engine before the second.")
+            raise StateError(
+                "this model is offloaded already; close the first engine before the second."
+            )
 
     def _check_weights(self, weights: str | Path | None) -> None:
         on_meta = [name for name, param in self.model.named_parameters() if param.is_meta]
@@ -157,7 +165,9 @@ class Session:
         self._param_ids = [id(param) for param in self.model.parameters()]
         for chunk in self._engine.chunks:
             if chunk.spec.is_small:
-                self._engine.enter(chunk.spec.index, record=False)  # stays bound: see [Note: small chunk]
+                self._engine.enter(
+                    chunk.spec.index, record=False
+                )  # stays bound: see [Note: small chunk]
         routing.register(self)
         self._undo.append(lambda: routing.unregister(self))
         self._places = {
@@ -445,7 +455,10 @@ class Session:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.close()

@@ -115,7 +115,9 @@ def _lock(path: Path) -> int:
         path.mkdir(parents=True, exist_ok=True)
         fd = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise StorageError(error.errno or errno.EIO, "making the run directory", path=str(path)) from error
+        raise StorageError(
+            error.errno or errno.EIO, "making the run directory", path=str(path)
+        ) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -52,7 +52,9 @@ class Device(Protocol):
     def allocate(self, nbytes: int) -> torch.Tensor:
         """A uint8 buffer on the device."""
 
-    def h2d(self, target: torch.Tensor, source: torch.Tensor, after: DeviceEvent | None) -> DeviceEvent:
+    def h2d(
+        self, target: torch.Tensor, source: torch.Tensor, after: DeviceEvent | None
+    ) -> DeviceEvent:
         """Copy into the device once `after` is reached; returns at once."""
 
     def d2h(self, target: torch.Tensor, source: torch.Tensor) -> DeviceEvent:
@@ -80,7 +82,9 @@ class HostDevice:
     def allocate(self, nbytes: int) -> torch.Tensor:
         raise StateError("the CPU as compute device has no memory of its own.")
 
-    def h2d(self, target: torch.Tensor, source: torch.Tensor, after: DeviceEvent | None) -> DeviceEvent:
+    def h2d(
+        self, target: torch.Tensor, source: torch.Tensor, after: DeviceEvent | None
+    ) -> DeviceEvent:
         raise StateError("the CPU as compute device copies nothing.")
 
     def d2h(self, target: torch.Tensor, source: torch.Tensor) -> DeviceEvent:
@@ -120,7 +124,9 @@ class CudaDevice:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
-    def h2d(self, target: torch.Tensor, source: torch.Tensor, after: DeviceEvent | None) -> DeviceEvent:
+    def h2d(
+        self, target: torch.Tensor, source: torch.Tensor, after: DeviceEvent | None
+    ) -> DeviceEvent:
         with torch.cuda.stream(self._h2d_stream):
             if after is not None:
                 self._h2d_stream.wait_event(after)
@@ -153,7 +159,9 @@ class _StandinStream:
     """A thread that runs copies in order."""
 
     def __init__(self, name: str, delay: Callable[[], float] | None) -> None:
-        self._work: queue.SimpleQueue[tuple[Callable[[], None], StandinEvent] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Callable[[], None], StandinEvent] | None] = (
+            queue.SimpleQueue()
+        )
         self._delay = delay
         self._thread = threading.Thread(target=self._run, name=f"offload-{name}", daemon=True)
         self._thread.start()
@@ -206,7 +214,9 @@ class StandinDevice:
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 
-    def h2d(self, target: torch.Tensor, source: torch.Tensor, after: DeviceEvent | None) -> DeviceEvent:
+    def h2d(
+        self, target: torch.Tensor, source: torch.Tensor, after: DeviceEvent | None
+    ) -> DeviceEvent:
         def copy() -> None:
             if after is not None:
                 after.synchronize()

@@ -89,11 +89,23 @@ class UpdatePipeline:
 
     def __init__(self, backend: str, tile_numel: int, buffer: Region) -> None:
         self._pipeline = _native.UpdatePipeline(
-            backend, QUEUE_DEPTH, BLOCK_NBYTES, NUM_TILES, tile_numel, buffer.address, buffer.nbytes, "auto"
+            backend,
+            QUEUE_DEPTH,
+            BLOCK_NBYTES,
+            NUM_TILES,
+            tile_numel,
+            buffer.address,
+            buffer.nbytes,
+            "auto",
         )
 
     def submit(
-        self, tag: int, fmt_code: int, numel: int, planes: Sequence[PlaneArgument | None], ops: bytes
+        self,
+        tag: int,
+        fmt_code: int,
+        numel: int,
+        planes: Sequence[PlaneArgument | None],
+        ops: bytes,
     ) -> None:
         """Start one job; it completes exactly once. All memory and files must outlive it."""
         rows = tuple(None if p is None else (p.address, p.read, p.write) for p in planes)

@@ -1,0 +1,173 @@
+"""Everything in flight: who is told what when a move ends, and how the engine sleeps until one does."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+from offload.errors import StateError
+from offload.io import IoQueue, Segment
+from offload.stats import UPDATE, StatsCounter
+from offload.tier import DeviceEvent, Link
+from offload.timeline import Timeline
+from offload.transfer import Transfer
+from offload.update import PlaneArgument, UpdatePipeline
+
+Finish = Callable[[int, int, int], None]
+_WAIT_S = 0.01  # a blocked wait looks at the other completion source this often
+
+
+class InFlight:
+    """The transfers under way on all links. Completions act only in `poll`, `block` and `drain`."""
+
+    def __init__(self, queue: IoQueue | None, pipeline: UpdatePipeline, timeline: Timeline) -> None:
+        self.stats = StatsCounter()
+        self.failure: BaseException | None = None
+        self._queue = queue
+        self._pipeline = pipeline
+        self._timeline = timeline
+        self._tags = itertools.count(1)
+        self._transfers: dict[int, Transfer] = {}
+        self._num_moving = 0  # of them, in the I/O queue
+        self._num_updating = 0  # of them, with the update worker
+
+    def __bool__(self) -> bool:
+        return bool(self._transfers)
+
+    # ---- starting ----------------------------------------------------------------------------------
+
+    def start_io(
+        self,
+        op: int,
+        link: Link,
+        chunk: str,
+        segments: Sequence[Segment],
+        finish: Finish,
+        priority: int,
+    ) -> None:
+        """Start an NVMe transfer; `finish(result, fd, offset)` runs when its completion is collected."""
+        if self._queue is None:
+            raise StateError(f"chunk {chunk}: there is no NVMe tier.")
+        tag = self._track(link, chunk, sum(segment[3] for segment in segments), finish)
+        self._num_moving += 1
+        self._queue.submit(op, tag, segments, priority)
+
+    def start_update(
+        self,
+        chunk: str,
+        fmt_code: int,
+        numel: int,
+        planes: Sequence[PlaneArgument | None],
+        ops: bytes,
+        finish: Finish,
+    ) -> None:
+        """Hand a chunk to the update worker."""
+        tag = self._track(Link.WRITE, chunk, 0, finish)
+        self._num_updating += 1
+        self._pipeline.submit(tag, fmt_code, numel, planes, ops)
+
+    def start_copy(
+        self,
+        link: Link,
+        chunk: str,
+        nbytes: int,
+        event: DeviceEvent,
+        finish: Finish,
+        keep: tuple[object, ...],
+    ) -> None:
+        """Watch a device copy that has been enqueued; `keep` lives until it is done."""
+        self._track(link, chunk, nbytes, finish, event, keep)
+
+    def _track(
+        self,
+        link: Link,
+        chunk: str,
+        nbytes: int,
+        finish: Finish,
+        event: DeviceEvent | None = None,
+        keep: tuple[object, ...] = (),
+    ) -> int:
+        tag = next(self._tags)
+        self._transfers[tag] = Transfer(
+            tag, link, chunk, nbytes, time.perf_counter(), finish, event, keep
+        )
+        return tag
+
+    # ---- ending ------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Act on whatever has finished; never blocks."""
+        self._collect_copies(block=False)
+        self._collect_updates(0.0)
+        self._collect_io(0.0)
+
+    def block(self, cause: str) -> None:
+        """Sleep until something finishes, and act on it. The time counts as a stall on `cause`.
+
+        Raises StateError where nothing is in flight: nobody would ever wake up.
+        """
+        if not self._transfers:
+            raise StateError(f"waiting for {cause} with nothing in flight.")
+        start = time.perf_counter()
+        try:
+            self._collect_copies(block=cause in (Link.H2D.value, Link.D2H.value))
+            on_updates = self._num_updating > 0 and (cause == UPDATE or not self._num_moving)
+            self._collect_updates(_WAIT_S if on_updates else 0.0)
+            self._collect_io(_WAIT_S if not on_updates and self._num_moving else 0.0)
+        finally:
+            end = time.perf_counter()
+            self.stats.stalled(cause, end - start)
+            self._timeline.record("stall", cause, "stall", start, end)
+
+    def drain(self) -> None:
+        """Wait for everything, whatever becomes of it; the first error is kept as the failure."""
+        while self._transfers:
+            try:
+                self.block(UPDATE)
+            except Exception as error:
+                self.failure = self.failure or error
+
+    def close(self) -> None:
+        """Drain, and stop the native threads. Idempotent."""
+        self.drain()
+        self._pipeline.close()
+        if self._queue is not None:
+            self._queue.close()
+
+    def _collect_io(self, timeout_s: float) -> None:
+        if self._queue is None:
+            return
+        for done in self._queue.wait(timeout_s) if timeout_s else self._queue.poll():
+            self._num_moving -= 1
+            self._finish(done.tag, done.result, done.fd, done.offset, done.seconds)
+
+    def _collect_updates(self, timeout_s: float) -> None:
+        for done in self._pipeline.wait(timeout_s) if timeout_s else self._pipeline.poll():
+            self._num_updating -= 1
+            self.stats.moved(Link.READ, done.read_nbytes, 0.0)
+            self.stats.moved(Link.WRITE, done.write_nbytes, 0.0)
+            self.stats.updated(done.kernel_seconds)
+            self._finish(done.tag, done.result, done.fd, done.offset, 0.0, lane=UPDATE)
+
+    def _collect_copies(self, *, block: bool) -> None:
+        for transfer in [t for t in self._transfers.values() if t.event is not None]:
+            event = transfer.event
+            if event is not None and block:
+                event.synchronize()
+            if event is not None and event.query():
+                self._finish(transfer.tag, 0, -1, -1, time.perf_counter() - transfer.start)
+
+    def _finish(
+        self, tag: int, result: int, fd: int, offset: int, seconds: float, *, lane: str = ""
+    ) -> None:
+        transfer = self._transfers.pop(tag)
+        lane = lane or transfer.link.value
+        end = time.perf_counter()
+        self._timeline.record(lane, transfer.chunk, lane, transfer.start, end, transfer.nbytes)
+        self.stats.moved(transfer.link, transfer.nbytes, seconds)
+        try:
+            transfer.finish(result, fd, offset)
+        except BaseException as error:
+            self.failure = self.failure or error
+            raise
