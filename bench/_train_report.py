@@ -198,7 +198,7 @@ def about_section(by_engine: Mapping[str, Sequence[Run]]) -> str:
     lines = ["## What the engines say"]
     for engine, runs in by_engine.items():
         about = dict(runs[-1].outcome["about"])
-        long = {key: about.pop(key) for key in list(about) if "\n" in about[key]}
+        long = {key: about.pop(key) for key in list(about) if len(about[key]) > 40}
         lines.append(f"- `{engine}`: " + ", ".join(f"{k} {v}" for k, v in about.items()))
         lines += [f"\n  {key}:\n```\n{text}\n```" for key, text in long.items()]
     return "\n".join(lines)

@@ -38,8 +38,8 @@ ENGINES = (
     "deepspeed-hugepages",
 )
 DEFAULT_ENGINES = "torch,torch-keep,offload,offload-pinned,deepspeed"
-CPU_BUDGETS = {"tiny": "256MiB", "350m": "1GiB", "1b": "2GiB"}
-PINNED_BUDGETS = {"tiny": "512MiB", "350m": "3584MiB", "1b": "7GiB"}  # near DeepSpeed's peak
+CPU_BUDGETS = {"tiny": "128MiB", "350m": "1GiB", "1b": "2GiB"}
+PINNED_BUDGETS = {"tiny": "256MiB", "350m": "3584MiB", "1b": "7GiB"}  # near DeepSpeed's peak
 PROBE_NBYTES = 2 << 30
 
 

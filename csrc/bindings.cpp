@@ -25,8 +25,7 @@ using Completions = std::vector<IoCompletion>;
 constexpr double kSignalSeconds = 0.2;  // how long Ctrl-C may have to wait for wait()
 
 struct IoQueueObject {
-  PyObject_HEAD
-  IoQueue* queue;
+  PyObject_HEAD IoQueue* queue;
 };
 
 IoQueue& queue_of(PyObject* self) { return *reinterpret_cast<IoQueueObject*>(self)->queue; }
@@ -81,9 +80,9 @@ PyObject* io_queue_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   std::unique_ptr<IoQueue> queue;
   {
     GilRelease released;
-    queue = IoQueue::create(backend, static_cast<unsigned>(depth),
-                            static_cast<size_t>(block_nbytes),
-                            static_cast<unsigned>(num_threads), &error);
+    queue =
+        IoQueue::create(backend, static_cast<unsigned>(depth), static_cast<size_t>(block_nbytes),
+                        static_cast<unsigned>(num_threads), &error);
   }
   if (queue == nullptr) {
     errno = error;
@@ -148,8 +147,7 @@ bool parse_segments(PyObject* object, std::vector<IoSegment>* segments) {
   }
   segments->resize(static_cast<size_t>(PyTuple_Size(items.get())));
   for (size_t i = 0; i < segments->size(); ++i) {
-    if (!parse_segment(PyTuple_GetItem(items.get(), static_cast<Py_ssize_t>(i)),
-                       &(*segments)[i])) {
+    if (!parse_segment(PyTuple_GetItem(items.get(), static_cast<Py_ssize_t>(i)), &(*segments)[i])) {
       return false;
     }
   }
@@ -310,7 +308,7 @@ int execute(PyObject* module) {
       PyModule_AddIntConstant(module, "OP_WRITE", kOpWrite) < 0) {
     return -1;
   }
-  return offload_add_update == nullptr ? 0 : offload_add_update(module);
+  return offload_add_update(module);
 }
 
 PyModuleDef_Slot module_slots[] = {
@@ -318,15 +316,9 @@ PyModuleDef_Slot module_slots[] = {
     {0, nullptr},
 };
 
-PyModuleDef module_definition = {PyModuleDef_HEAD_INIT,
-                                 "offload._native",
-                                 nullptr,
-                                 0,
-                                 module_methods,
-                                 module_slots,
-                                 nullptr,
-                                 nullptr,
-                                 nullptr};
+PyModuleDef module_definition = {
+    PyModuleDef_HEAD_INIT, "offload._native", nullptr, 0,      module_methods,
+    module_slots,          nullptr,           nullptr, nullptr};
 
 }  // namespace
 

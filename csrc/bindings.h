@@ -7,7 +7,7 @@
 #include <cstdint>
 
 // Adds the update pipeline and the kernels to the module; -1 with a Python error set on failure.
-__attribute__((weak, visibility("default"))) int offload_add_update(PyObject* module);
+int offload_add_update(PyObject* module);
 
 namespace offload {
 

@@ -15,11 +15,11 @@ namespace offload {
 }  // namespace offload
 
 // Aborts when a programmer's invariant is broken. Never compiled out, so keep it off inner loops.
-#define CHECK(condition)                                                     \
-  do {                                                                       \
-    if (!(condition)) {                                                      \
-      ::offload::fatal(__FILE__, __LINE__, "CHECK failed", #condition);      \
-    }                                                                        \
+#define CHECK(condition)                                                \
+  do {                                                                  \
+    if (!(condition)) {                                                 \
+      ::offload::fatal(__FILE__, __LINE__, "CHECK failed", #condition); \
+    }                                                                   \
   } while (false)
 
 // For the few system errors after which no promise to the caller can be kept.

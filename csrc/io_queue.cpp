@@ -15,7 +15,7 @@ namespace offload {
 
 namespace {
 
-constexpr unsigned kRetriesMax = 256;            // with 1 ms between them where the device is busy
+constexpr unsigned kRetriesMax = 256;  // with 1 ms between them where the device is busy
 constexpr double kWaitSecondsMax = 86400.0 * 365;  // keeps the deadline inside the clock's range
 
 bool is_at_end_of_file(int fd, uint64_t offset) {

@@ -42,10 +42,10 @@ struct IoSegment {
 
 struct IoCompletion {
   uint64_t tag;
-  int64_t result;  // bytes moved, or -errno of the first block that failed
-  int fd;          // of the failure; -1 on success
-  uint64_t offset; // of the failure; 0 on success
-  double seconds;  // from submit to completion
+  int64_t result;   // bytes moved, or -errno of the first block that failed
+  int fd;           // of the failure; -1 on success
+  uint64_t offset;  // of the failure; 0 on success
+  double seconds;   // from submit to completion
 };
 
 struct IoStats {
@@ -146,8 +146,7 @@ class IoQueue {
 
 // The backends' constructors; null and *error as for IoQueue::create.
 std::unique_ptr<IoQueue> create_uring_queue(unsigned depth, size_t block_nbytes, int* error);
-std::unique_ptr<IoQueue> create_thread_queue(unsigned num_threads, size_t block_nbytes,
-                                             int* error);
+std::unique_ptr<IoQueue> create_thread_queue(unsigned num_threads, size_t block_nbytes, int* error);
 
 // 0 when io_uring can be used here, else -errno (EPERM in many containers, ENOSYS, ENOMEM).
 int uring_probe();

@@ -109,9 +109,9 @@ int Ring::map() {
   if ((params_.features & needed) != needed) {
     return ENOSYS;
   }
-  rings_nbytes_ = std::max<size_t>(
-      params_.sq.array + params_.sq_entries * sizeof(uint32_t),
-      params_.cq.entries + params_.cq_entries * sizeof(uring::CompletionEntry));
+  rings_nbytes_ =
+      std::max<size_t>(params_.sq.array + params_.sq_entries * sizeof(uint32_t),
+                       params_.cq.entries + params_.cq_entries * sizeof(uring::CompletionEntry));
   entries_nbytes_ = params_.sq_entries * sizeof(uring::SubmissionEntry);
   const int protection = PROT_READ | PROT_WRITE;
   const int flags = MAP_SHARED | MAP_POPULATE;
@@ -150,8 +150,8 @@ void Ring::push(const uring::SubmissionEntry& entry) {
 }
 
 void Ring::submit_and_wait() {
-  const long submitted = syscall(uring::kSysEnter, fd_, num_unsubmitted_, 1,
-                                 uring::kEnterGetEvents, nullptr, 0);
+  const long submitted =
+      syscall(uring::kSysEnter, fd_, num_unsubmitted_, 1, uring::kEnterGetEvents, nullptr, 0);
   if (submitted >= 0) {
     num_unsubmitted_ -= static_cast<uint32_t>(submitted);
     return;

@@ -58,7 +58,10 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
             else:
                 walk(path, child)
 
-    walk("", model)
+    if _is_block_list(model):
+        found.extend(model.named_children())
+    else:
+        walk("", model)
     counts = _owner_counts(model)
     return [(name, block) for name, block in found if _is_private(block, counts)]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +34,7 @@ from offload.sources import (
 )
 
 LOG_NAME = "log.jsonl"
+SCRATCH_NAME = ".partial"  # holds a model until it is whole and has been loaded back
 EAGER = "eager: no clipping, no accumulation, so each update starts when its gradient lands"
 DEFERRED = (
     "deferred: clipping or accumulation needs all gradients first, then the next forward hides it"
@@ -182,16 +185,19 @@ class _Job:
         source = open_source(self.config.model, lambda text: self.reporter.say("model", text))
         corpus = self._prepare_text(source)
         folder = self.config.output.folder
+        scratch = folder / SCRATCH_NAME
         baseline_nbytes = machine.rss()
         with JsonlLog(folder / LOG_NAME) as log, start_engine(source, self.policy) as engine:
             self._say_setup(source, engine)
             log.write("start", config=self.config.model_dump(mode="json"), plan=str(engine.plan))
             result = self._train_and_compare(engine, source, corpus, log)
-            self.reporter.say("saving", f"the trained model to {folder}")
-            engine.export(folder)
-            source.tokenizer.save_pretrained(folder)
+            shutil.rmtree(scratch, ignore_errors=True)
+            engine.export(scratch)
+            source.tokenizer.save_pretrained(scratch)
             self._say_memory(engine, baseline_nbytes)
-        self.reporter.say("reloaded", f"by transformers: {run_child('check', folder)}")
+        self.reporter.say("reloaded", f"by transformers: {run_child('check', scratch)}")
+        replace_model(folder, scratch)
+        self.reporter.say("saved", f"the trained model is in {folder}")
         return result
 
     def _prepare_text(self, source: ModelSource) -> Corpus:
@@ -265,7 +271,7 @@ class _Job:
         """Print what the model makes of the prompt, greedily."""
         output = self.config.output
         if output.sample_tokens:
-            text = sample(engine.model, tokenizer, output.prompt, output.sample_tokens)
+            text = printable(sample(engine.model, tokenizer, output.prompt, output.sample_tokens))
             self.reporter.say(f"sample {when}", f"{output.prompt}▸{text}")
 
     def _train(self, engine: Any, batches: Batches, log: JsonlLog) -> int:
@@ -337,6 +343,15 @@ class _Job:
             f"tokenizer, {short_nbytes(slab)} slab, {short_nbytes(peak - baseline_nbytes - slab)} "
             "activations, logits and the rest",
         )
+
+
+def replace_model(folder: Path, scratch: Path) -> None:
+    """Move a finished model from `scratch` into `folder`, in place of the weights that lie there."""
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()  # a model of fewer shards would leave some of them behind
+    for new in scratch.iterdir():
+        new.replace(folder / new.name)
+    scratch.rmdir()
 
 
 def start_engine(source: ModelSource, policy: OffloadPolicy) -> Any:
@@ -423,11 +438,19 @@ def _stop_on_interrupt() -> Iterator[_Stop]:
             raise KeyboardInterrupt
         stop.is_requested = True
 
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
     before = signal.signal(signal.SIGINT, handle)
     try:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def printable(text: str) -> str:
+    """Show what a terminal would obey or hide, such as escape codes, as replacement characters."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _where(shares: Mapping[str, float]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from offload import machine, materialise, routing
-from offload.blocks import BlockPass
+from offload.attach import Attachment
 from offload.chunk import Chunk
 from offload.engine import Engine
 from offload.errors import StateError
 from offload.export import export_model
 from offload.formats import FORMATS, Plane
-from offload.hooks import Autograd, OwnerPass, RootPass
+from offload.hooks import Autograd
 from offload.io import choose_backend
 from offload.landing import Gradients
 from offload.openmp import Calm
@@ -67,14 +67,11 @@ class Session:
         self.model = model
         self.policy = policy
         self._closed = False
-        self._undo: list[Callable[[], None]] = []
+        self._attachment: Attachment | None = None
         self._optimizer: Any = None
         self._scales: dict[tuple[int, int], float] = {}
-        self._captured: list[tuple[Any, ...]] | None = (
-            None  # hyperparameters of this step's eager updates
-        )
+        self._captured: list[tuple[Any, ...]] | None = None  # for this step's eager updates
         self._clipped = False
-        self._checked = False
         self._refuse_twice()
         parts = partition(model)
         self._check_weights(weights)
@@ -143,88 +140,22 @@ class Session:
                     module._buffers[key] = buffer.to(device)
 
     def _attach(self, parts: Partition) -> None:
-        """Put the passes in place of the forwards, and the landing hooks on the parameters."""
         self.gradients = Gradients(self._engine, eager=self.policy.optimizer.update == "eager")
         self.autograd = Autograd(self._engine, self.gradients)
-        self._calm_hugging_face()
-        micro = self.policy.activations.micro_batch
-        for module, index in parts.blocks:
-            block = BlockPass(
-                module, self._engine.chunks[index], self.autograd,
-                keep=self.policy.activations.policy == "keep",
-                micro_batch=None if micro == "auto" else micro,
-            )  # fmt: skip
-            self._set(module, "forward", block)
-        for module, indices in parts.owners:
-            self._set(module, "forward", OwnerPass(module, indices, self.autograd))
-        self._set(self.model, "forward", RootPass(self.model, self.autograd, self._check_unchanged))
-        self._set(self.model, "zero_grad", self._model_zero_grad)
-        self._hook_state_dicts()
-        for chunk in self._engine.chunks:
-            self._hook_params(chunk)
-        self._param_ids = [id(param) for param in self.model.parameters()]
-        for chunk in self._engine.chunks:
-            if chunk.spec.is_small:
-                self._engine.enter(
-                    chunk.spec.index, record=False
-                )  # stays bound: see [Note: small chunk]
-        routing.register(self)
-        self._undo.append(lambda: routing.unregister(self))
         self._places = {
             id(p): (c.spec.index, i) for c in self._engine.chunks for i, p in enumerate(c.params)
         }
-        self._keep_alive = list(self.model.parameters())
-
-    def _hook_params(self, chunk: Chunk) -> None:
-        for position, param in enumerate(chunk.params):
-            param.grad = None
-            if param.requires_grad:
-                hook = self.autograd.landing_hook(chunk.spec.index, position)
-                self._undo.append(param.register_post_accumulate_grad_hook(hook).remove)
-
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
-        """Shadow a method on the instance, and remember to uncover it."""
-        previous = module.__dict__.get(name)
-
-        def restore() -> None:
-            if previous is None:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = previous
-
-        module.__dict__[name] = value
-        self._undo.append(restore)
-
-    def _calm_hugging_face(self) -> None:
-        """The engine does its own recompute, and a cache that grows in forward would grow again in the replay."""
-        model: Any = self.model
-        if getattr(model, "is_gradient_checkpointing", False):
-            model.gradient_checkpointing_disable()
-            self._undo.append(model.gradient_checkpointing_enable)
-        config = getattr(model, "config", None)
-        if getattr(config, "use_cache", False):
-            config.use_cache = False
-            self._undo.append(lambda: setattr(config, "use_cache", True))
-
-    def _check_unchanged(self) -> None:
-        """Once per step: the model must still have the parameters it was wrapped with."""
-        if self._checked:
-            return
-        self._checked = True
-        if [id(param) for param in self.model.parameters()] != self._param_ids:
-            known = set(self._param_ids)
-            new = [name for name, p in self.model.named_parameters() if id(p) not in known]
-            what = f"parameter {new[0]} is new" if new else "a parameter is gone"
-            raise StateError(
-                f"the model was changed after offload.offload(): {what}. Change the model first, then offload it."
-            )
+        self._attachment = Attachment(self.model, self._engine, self.autograd)
+        self._attachment.replace_forwards(parts, self.policy.activations)
+        self._attachment.replace(self.model, "zero_grad", self._model_zero_grad)
+        self._attachment.hook_state_dicts(self._check_state_dict_fits, self._weight_of)
         for chunk in self._engine.chunks:
-            for spec, param in zip(chunk.spec.params, chunk.params, strict=True):
-                if param.requires_grad and not spec.trainable:
-                    raise StateError(
-                        f"parameter {spec.name} was frozen when the model was offloaded and requires grad now; "
-                        "set requires_grad before offload.offload()."
-                    )
+            if chunk.spec.is_small:  # stays bound: see [Note: small chunk]
+                self._engine.enter(chunk.spec.index, record=False)
+        routing.register(self)
+
+    def _weight_of(self, param: torch.Tensor) -> torch.Tensor:
+        return self._planes.weight(*self._chunk_of(param))
 
     # ---- the loop ----------------------------------------------------------------------------------
 
@@ -257,8 +188,10 @@ class Session:
         self._choose_update_mode()
         self.gradients.end_step()
         self._engine.end_step()
+        if self._attachment is not None:
+            self._attachment.checked = False
         self._scales.clear()
-        self._clipped = self._checked = False
+        self._clipped = False
         self._captured = None
 
     def _step_small(self, small: Sequence[Chunk], updates: dict[int, bytes]) -> None:
@@ -423,21 +356,6 @@ class Session:
 
         return export_model(self.model, self._engine.chunks, read, Path(folder))
 
-    def _hook_state_dicts(self) -> None:
-        """state_dict() of the model or of any part gives real tensors, or refuses; never placeholders."""
-
-        def check(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-            self._check_state_dict_fits(module)
-
-        def fill(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-            for key, param in module._parameters.items():
-                if param is not None:
-                    state[prefix + key] = self._planes.weight(*self._chunk_of(param))
-
-        for module in self.model.modules():
-            self._undo.append(module.register_state_dict_pre_hook(check).remove)
-            self._undo.append(module.register_state_dict_post_hook(fill).remove)
-
     def _check_state_dict_fits(self, module: nn.Module) -> None:
         itemsize = self.plan.fmt.itemsize(Plane.WEIGHT)
         needed = sum(param.numel() for param in module.parameters()) * itemsize
@@ -512,9 +430,9 @@ class Session:
 
     def _shut(self) -> None:
         self._closed = True
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
+        routing.unregister(self)
+        if self._attachment is not None:
+            self._attachment.undo()
         self._engine.close()
         if self._calm is not None:
             self._calm.close()

@@ -64,6 +64,15 @@ def tmpfs_dir(tmp_path: Path) -> Iterator[Path]:
     path.rmdir()
 
 
+@pytest.fixture
+def tiny_units() -> Iterator[None]:
+    """Let embeddings and heads of tiny models leave RAM; see parity.small_units."""
+    import parity
+
+    with parity.small_units(1024):
+        yield
+
+
 def native_threads() -> set[int]:
     """Kernel thread ids of this process, those of the extension included."""
     return {int(name) for name in os.listdir("/proc/self/task")}

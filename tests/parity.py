@@ -248,10 +248,11 @@ def landed_grad(engine: Any, name: str) -> Tensor | None:
 
 
 def record_state(record: Record, engine: Any) -> None:
-    """The final planes of every parameter."""
-    for name, _ in engine.model.named_parameters():
+    """The final planes of every parameter; of a frozen one its weights."""
+    for name, p in engine.model.named_parameters():
         for plane, tensor in engine.state(name).items():
-            record[f"{plane}[{name}]"] = bits(tensor)
+            if p.requires_grad or plane == "weight":
+                record[f"{plane}[{name}]"] = bits(tensor)
 
 
 def master(planes: dict[str, Tensor]) -> Tensor:
@@ -327,7 +328,7 @@ class PlainAdamW:
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 name = self.names[id(p)]
-                grad = grads[name]
+                grad = grads.get(name)
                 if grad is None:
                     continue
                 self.num_steps[name] += 1
@@ -365,7 +366,7 @@ def accumulate(total: dict[str, Tensor | None], model: nn.Module) -> None:
             before = total.get(name)
             total[name] = grad.clone() if before is None else before + grad
             p.grad = None
-        else:
+        elif p.requires_grad:
             total.setdefault(name, None)
 
 

@@ -20,7 +20,7 @@ from zoo import VOCAB, ZOO
 import offload
 
 LLAMA = ZOO["llama"]
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = pytest.mark.usefixtures("nothing_left", "tiny_units")
 
 
 def snapshot(model: nn.Module) -> dict[str, str]:

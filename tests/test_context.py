@@ -27,7 +27,7 @@ from zoo import ZOO
 import offload
 
 LLAMA = ZOO["llama"]
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = pytest.mark.usefixtures("nothing_left", "tiny_units")
 
 
 def leftovers(directory: Path) -> list[str]:
@@ -44,7 +44,7 @@ def test_leaving_gives_an_ordinary_model(
     backward and a plain AdamW work on them.
     """
     entry = ZOO[name]
-    model = prepare(entry.make_model(), Recipe(), format).to(dtype)
+    model = prepare(entry.make_model().to(dtype), Recipe(), format)
     with offload.offload(model, make_policy(nvme_dir, format=format)) as engine:
         optimizer = offload.AdamW(model.parameters(), lr=1e-3)
         compute = torch.float32 if format == "fp32" else torch.bfloat16

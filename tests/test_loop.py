@@ -31,6 +31,7 @@ from zoo import ZOO, ZooModel
 import offload
 
 LLAMA = ZOO["llama"]
+pytestmark = pytest.mark.usefixtures("tiny_units")
 DTYPE = {"fp32": torch.float32, "exact": torch.bfloat16}
 
 
@@ -474,8 +475,8 @@ def test_memory_sums_to_the_byte(nvme_dir: Path) -> None:
         policy = make_policy(nvme_dir / str(index), **changes)
         with offload.offload(LLAMA.make_model(), policy) as engine:
             report = engine.memory()
-            assert sum(report.slab.values()) == report.slab_nbytes
-            assert all(nbytes >= 0 for nbytes in report.slab.values())
+            assert sum(report.arenas.values()) == report.slab_nbytes
+            assert all(nbytes >= 0 for nbytes in report.arenas.values())
             assert report.slab_nbytes <= 64 << 20
             assert str(report)
 

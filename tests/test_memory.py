@@ -49,7 +49,7 @@ with offload.offload(model, policy, weights="init") as engine:
     engine.flush()
     report = engine.memory()
     slab = report.slab_nbytes
-    whole = sum(report.slab.values()) == slab
+    whole = sum(report.arenas.values()) == slab
     num_params = sum(spec.num_params for spec in engine.plan.specs)
     try:
         model.state_dict()

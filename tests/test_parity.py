@@ -186,14 +186,14 @@ def test_micro_batches_do_not_depend_on_the_placement(
     variants = [
         Variant("ram", placement="ram", micro_batch=micro_batch),
         Variant("oneslot", placement="oneslot", micro_batch=micro_batch, io="threads"),
-        Variant("keep", micro_batch=micro_batch, activations="keep"),
+        Variant("nvme", micro_batch=micro_batch, num_paths=2, update="eager"),
     ]
     records = [
         run(ZOO[model], Recipe(steps=3), format, variant, nvme_dir / variant.name).record
         for variant in variants
     ]
     for record in records[1:]:
-        assert_same(record, records[0])
+        assert_same(record, records[0], only=without_grads)
 
 
 def split_blocks(blocks: list[nn.Module], size: int) -> dict[int, list[dict[str, Tensor]]]:

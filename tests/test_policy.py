@@ -10,7 +10,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from offload.errors import OffloadError, PolicyError
@@ -23,6 +23,8 @@ from offload.policy import (
     policy_schema,
 )
 
+# Tests share their cores, so no example is too slow.
+UNHURRIED = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 KIB, MIB, GIB, TIB = (1024**power for power in range(1, 5))
 YAML = """
 tiers:
@@ -155,8 +157,6 @@ def test_a_policy_passes_through() -> None:
 
 
 YAML_TREE: Mapping[str, object] = nested("tiers.nvme.paths", ["/mnt/a", "/mnt/b"])
-
-# Overrides
 
 
 def test_overrides_change_keys_in_order() -> None:
@@ -368,9 +368,6 @@ def test_errors_are_offload_and_value_errors() -> None:
         parse_nbytes("x")
 
 
-# Sizes
-
-
 @pytest.mark.parametrize(
     ("text", "nbytes"),
     [
@@ -449,11 +446,13 @@ def test_sizes_are_shown_exactly(nbytes: int, text: str) -> None:
     assert format_nbytes(nbytes) == text
 
 
+@UNHURRIED
 @given(st.integers(0, NBYTES_MAX) | st.integers(0, 2**33).map(lambda pages: pages * 4096))
 def test_a_shown_size_reads_back(nbytes: int) -> None:
     assert parse_nbytes(format_nbytes(nbytes)) == nbytes
 
 
+@UNHURRIED
 @given(st.text() | st.floats() | st.integers() | st.none())
 def test_any_size_is_read_or_refused(value: Any) -> None:
     try:
@@ -472,15 +471,13 @@ TREES = st.recursive(
 )
 
 
+@UNHURRIED
 @given(st.dictionaries(KEYS, TREES), st.lists(st.text(alphabet="tiers.cpu=[]{}: 1", max_size=20)))
 def test_any_tree_is_read_or_refused(tree: dict[str, Any], overrides: list[str]) -> None:
     try:
         assert load_policy(tree, overrides).tiers.cpu.budget > 0
     except PolicyError as error:
         assert str(error).startswith(("policy mapping: ", "override "))
-
-
-# The schema
 
 
 def test_the_schema_describes_every_key() -> None:

@@ -23,9 +23,9 @@ LAYERS = {
             "store",
             "chunk",
             "plan simulate transfer update schedule residence",
-            "engine routing report",
+            "engine routing",
             "blocks hooks optim activations checkpoint materialise export landing "
-            "progress partition planes",
+            "progress partition planes report pretrained",
             "__init__ session finetune data sources doctor",
             "cli __main__",
         ]

@@ -1,7 +1,7 @@
-"""Slow twins of the native kernels in numpy: the same bits by other means, for the tests to compare with.
+"""Slow twins of the native kernels in numpy: the same bits by other means, for tests to compare.
 
-A bf16 array is its uint16 bit patterns. Arrays are one-dimensional; functions that change state change
-their arguments, as the kernels do.
+A bf16 array is its uint16 bit patterns. Arrays are one-dimensional; functions that change state
+change their arguments, as the kernels do.
 """
 
 import dataclasses
@@ -53,8 +53,8 @@ def round_bf16(values: F32) -> U16:
 def fma(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> F32:
     """a * b + c in fp32 with one rounding.
 
-    The product is exact in float64. Rounding the sum to float64 and then to fp32 would round twice, so
-    the first rounding is made to odd: the sum's error, known exactly, decides between its neighbours.
+    The product is exact in float64. Rounding the sum to float64 and then to fp32 would round twice,
+    so the first rounding is made to odd: the sum's exact error decides between its neighbours.
     """
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
     addend = np.asarray(c, np.float64)
@@ -83,7 +83,7 @@ def sum_squares(values: F32) -> float:
 
 
 def grad_land(dst: F32 | U16, dst_lo: U16 | None, src: F32 | U16, mode: int) -> float:
-    """Set or accumulate src into dst (+ dst_lo) in place; return the sum of squares of the result."""
+    """Set or accumulate src into dst (+ dst_lo) in place; return the result's sum of squares."""
     if dst.dtype == np.float32:
         dst[:] = src if mode == SET else dst + src
         return sum_squares(dst)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,8 @@ class OffloadTrainer:
 
     def close(self) -> dict[str, str]:
         about = {
-            "offload": importlib.metadata.version("offload"),
+            "offload": offload.__version__,
+            "plan": str(self._engine.plan),
             "memory": str(self._engine.memory()),
             "last step": str(self._engine.stats()),
         }
