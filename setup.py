@@ -14,6 +14,7 @@ native = Extension(
     extra_compile_args=[
         "-std=c++17",
         "-O3",
+        "-g0",  # the interpreter was often built with -g; that would make the wheel ten times larger
         "-fno-math-errno",
         "-ffp-contract=off",
         "-Wall",

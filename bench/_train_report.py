@@ -80,17 +80,19 @@ def render(
 
 
 def title(options: argparse.Namespace, num_params: int) -> str:
+    changes = f". Both changed by {', '.join(options.set)}" if options.set else ""
     return f"""# Training step of a {num_params / 1e6:.0f} M parameter Llama: seconds and memory
 
 Batch {options.batch}, sequence {options.seq}, bf16 compute, AdamW on an fp32 master, random weights
-and tokens, on the CPU. {options.rounds} rounds; in each, every engine ran once in a process of its
+and tokens, on the CPU. Rounds: {options.rounds}; in each, every engine ran once in a process of its
 own: one step dropped, {options.steps} timed.
 `OMP_WAIT_POLICY={options.wait_policy}` and {options.threads} threads for all.
 
 - `torch`: everything in memory (bf16 weights and gradients, fp32 master and moments, fused AdamW
   parameter by parameter), blocks recomputed in backward; `torch-keep`: nothing recomputed.
 - `offload`: this project, format `exact`, update `eager`, RAM budget {options.cpu_budget},
-  `pin: {options.pin}`; `offload-pinned`: budget {options.pinned_budget}, what fits stays in RAM.
+  `pin: {options.pin}`; `offload-pinned`: budget {options.pinned_budget}, what fits stays in
+  RAM{changes}.
 - `deepspeed`: ZeRO-3, parameters and optimizer on NVMe, blocks recomputed, in the leanest
   configuration found that works (bench/_peers/engine_deepspeed.py); `deepspeed-hugepages`: the same
   with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, which puts its I/O buffers on huge pages."""

@@ -163,15 +163,15 @@ def make_job(engine: str, scratch: Path, options: argparse.Namespace) -> dict[st
     job |= {"model": options.model, "num_params": MODELS[options.model].num_params()}
     job |= {"seq": options.seq, "batch": options.batch, "steps": options.steps}
     if engine == "offload":
-        job["policy"] = make_policy(options.cpu_budget, options.pin, options.set)
+        job |= {"policy": make_policy(options.cpu_budget, options.pin), "overrides": options.set}
     if engine == "offload-pinned":
-        job["policy"] = make_policy(options.pinned_budget, "auto", options.set)
+        job |= {"policy": make_policy(options.pinned_budget, "auto"), "overrides": options.set}
     return job
 
 
-def make_policy(budget: str, pin: str, settings: list[str]) -> dict[str, Any]:
-    """Return an offload policy less its NVMe path, with the `A.B=C` settings applied."""
-    policy: dict[str, Any] = {
+def make_policy(budget: str, pin: str) -> dict[str, Any]:
+    """Return an offload policy less its NVMe path."""
+    return {
         "tiers": {
             "gpu": {"device": "cpu"},
             "cpu": {"budget": budget, "pin": {"false": False, "true": True}.get(pin, pin)},
@@ -180,14 +180,6 @@ def make_policy(budget: str, pin: str, settings: list[str]) -> dict[str, Any]:
         "state": {"format": "exact"},
         "optimizer": {"update": "eager"},
     }
-    for setting in settings:
-        path, _, value = setting.partition("=")
-        *sections, key = path.split(".")
-        section = policy
-        for name in sections:
-            section = section.setdefault(name, {})
-        section[key] = value
-    return policy
 
 
 def hide_paths(text: str, options: argparse.Namespace) -> str:

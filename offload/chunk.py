@@ -128,6 +128,7 @@ class Chunk:
             None  # what the parameters show instead, inside gathered()
         )
         self.num_users = 0
+        self.filled = False  # the planes hold the parameters' values; until then the parameters do
         self.wanted = False  # about to be bound: not to be evicted
         self.gradient: Gradient | None = None
         self.update: Update | None = None

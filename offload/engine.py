@@ -148,6 +148,8 @@ class Engine:
 
     def locate(self, address: int) -> tuple[int, int] | None:
         """Which chunk in use has `address` in its weights: (chunk index, byte offset), or None."""
+        if self.device.is_host and not 0 <= address - self.slab.address < self.slab.nbytes:
+            return None
         for chunk in self.chunks:
             if chunk.num_users and chunk.override is None:
                 start = self._device_weight(chunk).data_ptr()

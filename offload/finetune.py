@@ -346,7 +346,7 @@ class _Job:
 
 
 def replace_model(folder: Path, scratch: Path) -> None:
-    """Move a finished model from `scratch` into `folder`, in place of the weights that lie there."""
+    """Move a finished model from `scratch` into `folder`, in place of the weights there."""
     for old in folder.glob("*.safetensors*"):
         old.unlink()  # a model of fewer shards would leave some of them behind
     for new in scratch.iterdir():

@@ -19,6 +19,8 @@ from offload.chunk import Chunk, ParamSpec
 from offload.engine import Engine
 from offload.errors import StateError
 from offload.formats import Plane, split_master
+from offload.slots import Slot
+from offload.store import Extent
 from offload.tier import Link
 
 logger = logging.getLogger("offload")
@@ -40,16 +42,16 @@ def fill_chunk(engine: Engine, chunk: Chunk, source: WeightSource) -> None:
         master = torch.empty(param.shape, dtype=torch.float32)
         source(param, master)
         _store(param, master.view(-1), weight, residue)
-    for plane, (slot, extent) in staged.items():
+    for slot, extent in staged:
         engine.move_plane(io.WRITE, extent, slot.region.address, chunk, cause=Link.WRITE.value)
         slot.pool.release(slot)
-        del plane
+    chunk.filled = True
 
 
-def _stage(engine: Engine, chunk: Chunk) -> tuple[dict[Plane, torch.Tensor], dict[Plane, Any]]:
+def _stage(engine: Engine, chunk: Chunk) -> tuple[dict[Plane, torch.Tensor], list[tuple[Slot, Extent]]]:
     """Flat tensors to fill: pinned planes in place, the others in borrowed slots that are written after."""
     planes: dict[Plane, torch.Tensor] = {}
-    staged: dict[Plane, Any] = {}
+    staged: list[tuple[Slot, Extent]] = []
     for plane in (Plane.WEIGHT, Plane.RESIDUE):
         if plane not in chunk.spec.state_planes(engine.plan.fmt):
             continue
@@ -58,7 +60,7 @@ def _stage(engine: Engine, chunk: Chunk) -> tuple[dict[Plane, torch.Tensor], dic
             planes[plane] = chunk.pinned[plane].view(dtype, numel)
         else:
             slot = engine.residence.borrow(chunk)
-            staged[plane] = (slot, chunk.extents[plane])
+            staged.append((slot, chunk.extents[plane]))
             planes[plane] = slot.region.view(dtype, numel)
     return planes, staged
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from offload.errors import StateError
 
@@ -45,6 +47,7 @@ class Owner(Protocol):
 
 _owners: list[Owner] = []  # open engines: the one registry of the package
 _originals: dict[tuple[types.ModuleType, str], Any] = {}
+_hooks: list[RemovableHandle] = []
 _lock = threading.Lock()
 
 
@@ -70,6 +73,8 @@ def unregister(owner: Owner) -> None:
             for (module, name), function in _originals.items():
                 setattr(module, name, function)
             _originals.clear()
+            while _hooks:
+                _hooks.pop().remove()
 
 
 def _install() -> None:
@@ -78,6 +83,19 @@ def _install() -> None:
     _replace(_utils, "get_total_norm", _route_norm)
     _replace(_utils, "clip_grads_with_norm_", _route_scaling)
     _replace(_clip_grad, "_group_tensors_by_device_and_dtype", _refuse_values)
+    _hooks.append(register_optimizer_step_pre_hook(_refuse_foreign_step))
+
+
+def _refuse_foreign_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Another optimizer would see no gradients and change nothing, without a word."""
+    if hasattr(optimizer, "ops_for"):
+        return
+    for group in optimizer.param_groups:
+        if any(owner_of(param) is not None for param in group["params"]):
+            raise StateError(
+                f"{type(optimizer).__name__}.step() on offloaded parameters would train nothing, because their "
+                "gradients and state are in the tiers. Use offload.AdamW(model.parameters(), ...)."
+            )
 
 
 def _replace(module: types.ModuleType, name: str, make: Callable[[Any], Any]) -> None:

@@ -88,7 +88,7 @@ class Session:
             self._materialise(weights)
             self._attach(parts)
         except BaseException:
-            self._abort()
+            self._abort(constructing=True)
             raise
 
     # ---- construction ------------------------------------------------------------------------------
@@ -116,12 +116,24 @@ class Session:
             logger.info("I/O backend %s: %s", backend, reason)
             store = ChunkStore(nvme.paths)
         slab = Slab(self.plan.slab_nbytes)
-        slab.populate()
-        self.device.register(slab)
-        return Engine(
-            self.plan, chunks, slab=slab, store=store, nvme_budget=nvme.budget if nvme else None,
-            backend=backend, device=self.device, timeline=self.timeline, poison=poison,
-        )  # fmt: skip
+        try:
+            slab.populate()
+            self.device.register(slab)
+            return Engine(
+                self.plan,
+                chunks,
+                slab=slab,
+                store=store,
+                nvme_budget=nvme.budget if nvme else None,
+                backend=backend,
+                device=self.device,
+                timeline=self.timeline,
+                poison=poison,
+            )
+        except BaseException:
+            self.device.close()
+            slab.close()
+            raise
 
     def _materialise(self, weights: str | Path | None) -> None:
         if weights is None:
@@ -397,17 +409,28 @@ class Session:
         finally:
             self._shut()
 
-    def _abort(self) -> None:
-        """After an exception: keep what can be kept, and leave no thread, file or lock behind."""
+    def _abort(self, *, constructing: bool = False) -> None:
+        """After an exception: keep what can be kept, and leave no thread, file or lock behind.
+
+        After an I/O error in training some planes may be half written, so the weights stay away. While the
+        model is still moving in, what has moved can be read back, and the rest has not left.
+        """
         if self._closed:
             return
         try:
             if hasattr(self, "autograd"):
                 self.autograd.abandon()
             self._engine.drain()
-            if not self._engine.failed:
+            if constructing:
+                self._give_back()
+            elif not self._engine.failed:
                 self._engine.flush()
                 self._give_back()
+            else:
+                logger.warning(
+                    "the weights are not given back, because an update may be half written; "
+                    "the model keeps placeholders."
+                )
         except Exception as error:
             logger.warning("the weights could not be given back: %s", error)
         finally:
@@ -415,7 +438,7 @@ class Session:
 
     def _give_back(self) -> None:
         """Real tensors in the parameters' own dtype."""
-        chunks = self._engine.chunks
+        chunks = [chunk for chunk in self._engine.chunks if chunk.filled]
         needed = sum(p.numel() * self._dtypes[id(p)].itemsize for c in chunks for p in c.params)
         available = machine.memory_available()
         if needed * _BASELINE_MARGIN > available:

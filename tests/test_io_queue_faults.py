@@ -1,4 +1,4 @@
-"""What the native module does when the system refuses or interrupts it, each in a process of its own."""
+"""The native module where the system refuses or interrupts it, each time in its own process."""
 
 import errno
 import os

@@ -47,9 +47,10 @@ class OffloadTrainer:
 
 
 def start(job: dict[str, Any]) -> OffloadTrainer:
-    """Build the trainer; job["policy"] is an offload policy less its NVMe path."""
+    """Build the trainer; job["policy"] is a policy less its path, overrides change it."""
     with torch.device("meta"):
         model = build_model(job["model"])
     policy = job["policy"]
     policy["tiers"]["nvme"]["paths"] = [job["dir"]]
-    return OffloadTrainer(offload.offload(model, policy, weights="init"))
+    settled = offload.load_policy(policy, job["overrides"])
+    return OffloadTrainer(offload.offload(model, settled, weights="init"))
