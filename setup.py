@@ -7,14 +7,14 @@ from setuptools import Extension, setup
 native = Extension(
     "offload._native",
     sources=sorted(glob("csrc/*.cpp")),
-    depends=sorted(glob("csrc/*.h")),
+    depends=[*sorted(glob("csrc/*.h")), "setup.py"],
     language="c++",
     py_limited_api=True,
     define_macros=[("Py_LIMITED_API", "0x030b0000")],
     extra_compile_args=[
         "-std=c++17",
         "-O3",
-        "-g0",  # the interpreter was often built with -g; that would make the wheel ten times larger
+        "-g0",  # many interpreters are built with -g, which makes the wheel ten times larger
         "-fno-math-errno",
         "-ffp-contract=off",
         "-Wall",

@@ -33,10 +33,8 @@ class Run:
         steps: list[dict[str, float]] = self.outcome["steps"][1:]
         return steps
 
-    def median(self, key: str) -> float:
-        return statistics.median(step[key] for step in self.steps())
-
     def mean(self, key: str) -> float:
+        """Average over the timed steps; a median would not see what the last step waits for."""
         return statistics.fmean(step[key] for step in self.steps())
 
     def peak_rss(self) -> int:
@@ -101,7 +99,7 @@ own: one step dropped, {options.steps} timed.
 def engine_table(
     by_engine: Mapping[str, Sequence[Run]], options: argparse.Namespace, num_params: int
 ) -> str:
-    """One row an engine. Seconds: median (min-max) of all timed steps; bytes: mean of a step."""
+    """One row an engine; seconds and bytes are the mean step of a round, over the rounds."""
     header = ("engine", "s/step", "forward", "backward", "update", "tokens/s", "GB read",
               "GB written", "B/param read", "B/param written", "peak RSS GiB",
               "of it building", "building s")  # fmt: skip
@@ -109,12 +107,12 @@ def engine_table(
     for engine, runs in by_engine.items():
         read = statistics.fmean(run.mean("read") for run in runs)
         write = statistics.fmean(run.mean("write") for run in runs)
-        seconds = pooled(runs, "total")
+        seconds = means(runs, "total")
         rows.append(
             (
                 engine,
                 spread(seconds),
-                *(f"{statistics.median(pooled(runs, k)):.2f}"
+                *(f"{statistics.median(means(runs, k)):.2f}"
                   for k in ("forward", "backward", "update")),
                 f"{options.seq * options.batch / statistics.median(seconds):.1f}",
                 f"{read / GB:.2f}",
@@ -126,11 +124,11 @@ def engine_table(
                 f"{statistics.median(run.outcome['init_s'] for run in runs):.1f}",
             )
         )  # fmt: skip
-    note = (
-        "\n\nBytes are this process's own `read_bytes` and `write_bytes` in /proc/self/io. Peak RSS"
-        "\nis VmHWM over the whole life of the process; work still pending after the last step is"
-        "\nwaited for inside it."
-    )
+    note = """
+
+Seconds are the mean step of a round: median (minimum-maximum) over the rounds. Bytes are what
+/proc/self/io counts for the process. Peak RSS is VmHWM over its whole life. Work pending after
+the last step is waited for inside it."""
     return table(header, rows) + note
 
 
@@ -141,7 +139,7 @@ def ratio_section(by_engine: Mapping[str, Sequence[Run]], num_rounds: int) -> st
         for engine in by_engine:
             if reference in by_engine and engine != reference:
                 pair = by_engine[engine], by_engine[reference]
-                time = paired(*pair, num_rounds, lambda run: run.median("total"))
+                time = paired(*pair, num_rounds, lambda run: run.mean("total"))
                 memory = paired(*pair, num_rounds, lambda run: run.peak_rss())
                 if time:
                     rows.append((f"{engine} / {reference}", *three(time), *three(memory)))
@@ -158,13 +156,13 @@ def limit_section(by_engine: Mapping[str, Sequence[Run]], disk: Sequence[Run]) -
     read = statistics.median(run.outcome["read_bytes_per_s"] for run in disk)
     write = statistics.median(run.outcome["write_bytes_per_s"] for run in disk)
     compute = (
-        [statistics.median(pooled(by_engine["torch"], "total"))] if "torch" in by_engine else []
+        [statistics.median(means(by_engine["torch"], "total"))] if "torch" in by_engine else []
     )
     rows = []
     for engine, runs in by_engine.items():
         disk_s = statistics.fmean(r.mean("read") / read + r.mean("write") / write for r in runs)
         limit = max([disk_s, *compute])
-        measured = statistics.median(pooled(runs, "total"))
+        measured = statistics.median(means(runs, "total"))
         if disk_s > 0.001:
             rows.append((engine, f"{disk_s:.2f}", f"{limit:.2f}", f"{measured / limit:.2f}"))
     if not rows:
@@ -252,8 +250,8 @@ def file_system(folder: Path) -> str:
     return f"{part.fstype} on {part.device}"
 
 
-def pooled(runs: Iterable[Run], key: str) -> list[float]:
-    return [step[key] for run in runs for step in run.steps()]
+def means(runs: Iterable[Run], key: str) -> list[float]:
+    return [run.mean(key) for run in runs]
 
 
 def losses_of(runs: Sequence[Run]) -> list[float]:

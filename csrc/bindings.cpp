@@ -240,8 +240,10 @@ PyObject* io_queue_stats(PyObject* self, PyObject*) {
 }
 
 PyObject* io_queue_close(PyObject* self, PyObject*) {
-  GilRelease released;
-  queue_of(self).close();
+  {
+    GilRelease released;
+    queue_of(self).close();
+  }
   Py_RETURN_NONE;
 }
 

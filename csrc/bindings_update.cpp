@@ -248,8 +248,10 @@ PyObject* pipeline_wait(PyObject* self, PyObject* args, PyObject* kwargs) {
 }
 
 PyObject* pipeline_close(PyObject* self, PyObject*) {
-  GilRelease released;
-  pipeline_of(self).close();
+  {
+    GilRelease released;
+    pipeline_of(self).close();
+  }
   Py_RETURN_NONE;
 }
 

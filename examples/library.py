@@ -1,8 +1,8 @@
 """A plain PyTorch loop with the model on three tiers: a tiny random Llama, in a few seconds.
 
-    python examples/library.py
+Run as: python examples/library.py
 
-The Llama learns one sequence by heart, so the loss falls. Needs torch and transformers, no download.
+The Llama learns one batch by heart, so the loss falls. Needs transformers, and no download.
 Swap files, a trace and the trained model go to ./runs/library.
 """
 
@@ -20,7 +20,7 @@ NUM_STEPS = 12
 
 
 def make_model() -> nn.Module:
-    """A Llama of 4.5 M random parameters: 53 MB of weights and AdamW state."""
+    """A Llama of 3.7 M random parameters: 44 MB of weights and AdamW state."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=256,

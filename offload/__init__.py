@@ -34,26 +34,30 @@ PolicySource = str | Path | Mapping[str, object] | OffloadPolicy
 def offload(
     model: nn.Module, policy: PolicySource, *, weights: str | Path | None = None
 ) -> Session:
-    """Move a model's parameters into the tiers that `policy` describes; use the result as a context manager.
+    """Move a model's parameters into the tiers that `policy` describes; use the result as a context
+    manager.
 
-    `weights` says where a model on meta gets its weights: "init" runs its modules' own initialisers chunk by
-    chunk, a folder is read as Hugging Face safetensors. Parameter objects stay the same.
+    `weights` says where a model on meta gets its weights: "init" runs its modules' own initialisers
+    chunk by chunk, a folder is read as Hugging Face safetensors. Parameter objects stay the same.
 
-    Raises PolicyError (a key), BudgetError (does not fit), StorageError (a path), StateError (the model).
+    Raises PolicyError (a key), BudgetError (does not fit), StorageError (a path), StateError (the
+    model).
     """
     return Session(model, load_policy(policy), weights)
 
 
 def load_pretrained(path: str | Path, policy: PolicySource) -> Session:
-    """Build the model of a Hugging Face folder on meta and read its weights straight into the tiers.
+    """Build the model of a Hugging Face folder on meta and read its weights straight into the
+    tiers.
 
-    The model is `.model` of the result. Needs transformers. RAM use is that of the tiers, never of the model.
+    The model is `.model` of the result. Needs transformers. RAM use is that of the tiers, never of
+    the model.
     """
     return Session(meta_model(Path(path)), load_policy(policy), path)
 
 
 def plan_for(model: nn.Module, policy: PolicySource) -> Plan:
-    """What offload() would do with this model (it may be on meta), without taking memory or files."""
+    """What offload() would do with this model (it may be on meta); takes no memory and no files."""
     return _plan_for(model, load_policy(policy))
 
 

@@ -128,13 +128,18 @@ class UpdatePipeline:
 def update_buffer_nbytes(num_tiles: int, tile_numel: int) -> int:
     """Return the bytes of tile buffers that an UpdatePipeline needs."""
 
-def split_fp32(src: int, weight: int, residue: int, numel: int) -> None:
+# `isa` below is "auto" or one of supported_isas(); the bits do not depend on it. ValueError
+# where this CPU lacks it.
+
+def split_fp32(src: int, weight: int, residue: int, numel: int, isa: str = "auto") -> None:
     """Split fp32 `src` into bf16 `weight` and the 16 low bits `residue`, without loss."""
 
-def join_fp32(weight: int, residue: int, dst: int, numel: int) -> None:
+def join_fp32(weight: int, residue: int, dst: int, numel: int, isa: str = "auto") -> None:
     """Undo split_fp32; an address of 0 for `residue` means low bits of zero."""
 
-def grad_land(dst: int, dst_lo: int, src: int, numel: int, kind: int, mode: int) -> float:
+def grad_land(
+    dst: int, dst_lo: int, src: int, numel: int, kind: int, mode: int, isa: str = "auto"
+) -> float:
     """Put gradient `src` into `dst` (and its low half `dst_lo`, or 0 for none).
 
     `kind` 0 is bf16, 1 is fp32; `mode` 0 sets, 1 accumulates in fp32 (kind 0 needs `dst_lo`),
@@ -142,8 +147,20 @@ def grad_land(dst: int, dst_lo: int, src: int, numel: int, kind: int, mode: int)
     float64, the same on every machine.
     """
 
-def sum_squares(src: int, src_lo: int, numel: int, kind: int) -> float:
+def sum_squares(src: int, src_lo: int, numel: int, kind: int, isa: str = "auto") -> float:
     """Return the sum of squares of a gradient plane in grad_land's fixed order."""
 
+def apply_ops(
+    format: int,
+    numel: int,
+    addresses: tuple[int, int, int, int, int, int],
+    ops: bytes,
+    isa: str = "auto",
+) -> None:
+    """Run UpdatePipeline.submit's `ops` at once on planes in memory; `numel` may be anything."""
+
 def isa() -> str:
-    """Return the instruction set the kernels use here: "portable", "avx2" or "avx512"."""
+    """Return the instruction set that "auto" stands for here."""
+
+def supported_isas() -> tuple[str, ...]:
+    """Return what this CPU can run of "avx512", "avx2" and "portable", fastest first."""

@@ -18,7 +18,9 @@ from offload.policy import ActivationsPolicy
 
 
 class Attachment:
-    """Everything that is changed on the model and its parameters; `undo` puts it back in reverse order."""
+    """Everything that is changed on the model and its parameters; `undo` puts it back in reverse
+    order.
+    """
 
     def __init__(self, model: nn.Module, engine: Engine, autograd: Autograd) -> None:
         self._model = model
@@ -64,12 +66,14 @@ class Attachment:
         self._undo.append(restore)
 
     def _calm_hugging_face(self) -> None:
-        """The engine does its own recompute, and a cache that grows in forward would grow again in the replay."""
+        """The engine does its own recompute, and a cache that grows in forward would grow again in
+        the replay.
+        """
         model: Any = self._model
         if getattr(model, "is_gradient_checkpointing", False):
             model.gradient_checkpointing_disable()
             self._undo.append(model.gradient_checkpointing_enable)
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False
             self._undo.append(lambda: setattr(config, "use_cache", True))
@@ -79,14 +83,17 @@ class Attachment:
             param.grad = None
             if param.requires_grad:
                 hook = self._autograd.landing_hook(chunk.spec.index, position)
-                self._undo.append(param.register_post_accumulate_grad_hook(hook).remove)
+                tensor: Any = param  # its hooks are untyped
+                self._undo.append(tensor.register_post_accumulate_grad_hook(hook).remove)
 
     def hook_state_dicts(
         self,
         check: Callable[[nn.Module], None],
         weight_of: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
-        """state_dict() of the model or of any part gives real tensors, or refuses; never placeholders."""
+        """state_dict() of the model or of any part gives real tensors, or refuses; never
+        placeholders.
+        """
 
         def before(module: nn.Module, prefix: str, keep_vars: bool) -> None:
             check(module)
@@ -96,7 +103,8 @@ class Attachment:
                 if param is not None:
                     state[prefix + key] = weight_of(param)
 
-        for module in self._model.modules():
+        modules: list[Any] = list(self._model.modules())  # their hooks are untyped
+        for module in modules:
             self._undo.append(module.register_state_dict_pre_hook(before).remove)
             self._undo.append(module.register_state_dict_post_hook(fill).remove)
 
@@ -111,12 +119,14 @@ class Attachment:
             new = [name for name, p in self._model.named_parameters() if id(p) not in known]
             what = f"parameter {new[0]} is new" if new else "a parameter is gone"
             raise StateError(
-                f"the model was changed after offload.offload(): {what}. Change the model first, then offload it."
+                f"the model was changed after offload.offload(): {what}. Change the model first, "
+                "then offload it."
             )
         for chunk in self._engine.chunks:
             for spec, param in zip(chunk.spec.params, chunk.params, strict=True):
                 if param.requires_grad and not spec.trainable:
                     raise StateError(
-                        f"parameter {spec.name} was frozen when the model was offloaded and requires grad now; "
+                        f"parameter {spec.name} was frozen when the model was offloaded and "
+                        "requires grad now; "
                         "set requires_grad before offload.offload()."
                     )

@@ -1,16 +1,19 @@
-"""The block pass: a block's weights are there for its forward, and again for its replay in backward.
+"""The block pass: a block's weights are there for its forward, and again for its replay in
+backward.
 
-[Note: block pass] Forward runs under no_grad and keeps only the block's inputs. Backward fetches the weights,
-replays the forward with the random state and autocast mode of the first time, and backpropagates through it.
-The engine owns the recompute: Hugging Face moved its checkpointing between versions, and module hooks do not
-run in it everywhere.
+[Note: block pass] Forward runs under no_grad and keeps only the block's inputs. Backward fetches
+the weights, replays the forward with the random state and autocast mode of the first time, and
+backpropagates through it. The engine owns the recompute: Hugging Face moved its checkpointing
+between versions, and module hooks do not run in it everywhere.
 
-[Note: vertical micro-batches] (GreedySnake, arXiv 2512.17570) The pass splits its batch inside the block, so weights
-move once per step however large the batch is. Micro-batches run in their order, and their gradients add up in fp32.
+[Note: vertical micro-batches] (GreedySnake, arXiv 2512.17570) The pass splits its batch inside the
+block, so weights move once per step however large the batch is. Micro-batches run in their order,
+and their gradients add up in fp32.
 
-[Note: shared inputs] An input that several blocks read and that needs a gradient (T5's encoder states) is handed
-from block to block as an alias. Its gradient then gathers in autograd's own order, each block adding its uses
-one by one to what later blocks sent, so the bits are those of the model without blocks.
+[Note: shared inputs] An input that several blocks read and that needs a gradient (T5's encoder
+states) is handed from block to block as an alias. Its gradient then gathers in autograd's own
+order, each block adding its uses one by one to what later blocks sent, so the bits are those of the
+model without blocks.
 """
 
 from __future__ import annotations
@@ -44,9 +47,11 @@ _PLAIN_LEAVES = (
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The repeated layers: children of every outermost ModuleList or Sequential of two or more of one class.
+    """The repeated layers: children of every outermost ModuleList or Sequential of two or more of
+    one class.
 
-    A child that shares parameters with the rest of the model, or that stands in the list twice, is none.
+    A child that shares parameters with the rest of the model, or that stands in the list twice, is
+    none.
     """
     found: list[tuple[str, nn.Module]] = []
 
@@ -182,12 +187,13 @@ class _BlockCall:
         self._spec = spec
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         self._tensors = [leaves[i] for i in self._places]
+        self._originals: dict[int, torch.Tensor] = {}
         self._extra = self._thread_shared_inputs()
         self._requires_grad = [tensor.requires_grad for tensor in self._tensors]
         for place in self._places:
             leaves[place] = None  # autograd keeps the tensors; this object must not
         self._out_leaves: list[Any] = []
-        self._out_spec: pytree.TreeSpec | None = None
+        self._out_spec: Any = None
         self._states: list[_RandomState] = []
 
     def needs_grad(self) -> bool:
@@ -198,7 +204,8 @@ class _BlockCall:
         originals = self._originals
         anchor = torch.empty(0, requires_grad=True)  # a node even where no input needs a gradient
         tensors, self._tensors = self._tensors, []
-        flat = _BlockFunction.apply(self, anchor, *tensors)
+        node: Any = _BlockFunction  # apply is untyped
+        flat = node.apply(self, anchor, *tensors)
         num_out = len(flat) - len(self._extra)
         for key, alias in zip(self._extra, flat[num_out:], strict=True):
             self.autograd.shared[id(originals[key])] = (originals[key], alias)
@@ -209,7 +216,6 @@ class _BlockCall:
 
     def _thread_shared_inputs(self) -> list[int]:
         """Swap known shared inputs for their latest alias; return the positions to hand on."""
-        self._originals: dict[int, torch.Tensor] = {}
         extra = []
         for position, tensor in enumerate(self._tensors):
             if position == 0 or not tensor.requires_grad or not tensor.is_floating_point():
@@ -220,7 +226,7 @@ class _BlockCall:
             extra.append(position)
         return extra
 
-    # ---- inside the autograd function ----------------------------------------------------------------
+    # ---- inside the autograd function ----
 
     def forward(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run without a graph; return the output tensors, then the shared inputs to hand on."""
@@ -250,7 +256,7 @@ class _BlockCall:
         return [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
 
     def _pieces(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """The micro-batches. Tensors of two or more dimensions whose first is the batch are split."""
+        """The micro-batches. Tensors of two or more dimensions split where the first is the batch."""
         size = self.block.micro_batch
         num_rows = tensors[0].shape[0] if tensors and tensors[0].dim() > 1 else 0
         if size is None or num_rows <= size:
@@ -262,7 +268,9 @@ class _BlockCall:
     def backward(
         self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
-        """Replay and backpropagate; parameter gradients land on the chunk, input gradients are returned."""
+        """Replay and backpropagate; parameter gradients land on the chunk, input gradients are
+        returned.
+        """
         autograd, chunk = self.autograd, self.block.chunk
         autograd.begin_backward()
         autograd.engine.enter(chunk.spec.index, record=True)
@@ -344,7 +352,9 @@ def _concatenate(parts: list[list[torch.Tensor]], num_rows: int) -> list[torch.T
 def _join_rows(
     rows: list[list[torch.Tensor | None]], tensors: Sequence[torch.Tensor]
 ) -> list[torch.Tensor | None]:
-    """Put input gradients together: split inputs side by side, shared ones added in micro-batch order."""
+    """Put input gradients together: split inputs side by side, shared ones added in micro-batch
+    order.
+    """
     num_rows = tensors[0].shape[0]
     joined: list[torch.Tensor | None] = []
     for position, tensor in enumerate(tensors):
@@ -364,7 +374,7 @@ class _RandomState:
 
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         self._autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in ("cpu", "cuda")

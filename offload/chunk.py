@@ -91,7 +91,9 @@ def make_spec(
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Gradient:
-    """What has landed for one chunk since the last step. Lives in slots, or in extents once `spilled`."""
+    """What has landed for one chunk since the last step. Lives in slots, or in extents once
+    `spilled`.
+    """
 
     hi: Slot | None = None
     lo: Slot | None = None
@@ -153,7 +155,8 @@ class Chunk:
         """Move along one edge of TRANSITIONS; anything else is a bug in the engine."""
         if (self.residency, residency) not in TRANSITIONS:
             raise StateError(
-                f"chunk {self.name}: {self.residency.value} -> {residency.value} is not a legal move."
+                f"chunk {self.name}: {self.residency.value} -> {residency.value} is not a legal "
+                "move."
             )
         self.residency = residency
 
@@ -163,7 +166,8 @@ class Chunk:
             return self.pinned[Plane.WEIGHT]
         return None if self.slot is None else self.slot.region
 
-    # Parameters point at a slot while their chunk is in use, else at a NaN placeholder of the right shape.
+    # Parameters point at a slot while their chunk is in use, else at a NaN placeholder of the right
+    # shape.
 
     def make_placeholders(self, dtype: torch.dtype, device: torch.device) -> None:
         """One element, expanded: a use of absent weights shows as NaN, not as a wrong number."""
@@ -191,20 +195,26 @@ class Chunk:
             param.data = placeholder
 
     def check_unbound(self) -> None:
-        """Raise StateError where somebody else moved a parameter's data (model.to, .half, a re-assignment)."""
+        """Raise StateError where somebody else moved a parameter's data (model.to, .half, a
+        re-assignment).
+        """
         for param, placeholder, spec in zip(
             self.params, self._placeholders, self.spec.params, strict=True
         ):
             if param.data_ptr() != placeholder.data_ptr():
                 raise StateError(
-                    f"parameter {spec.name} was changed outside the engine (model.to(), .half() or .data = ...). "
-                    "Convert the model before offload.offload(), or use engine.gathered() to write weights."
+                    f"parameter {spec.name} was changed outside the engine (model.to(), .half() or "
+                    ".data = ...). "
+                    "Convert the model before offload.offload(), or use engine.gathered() to write "
+                    "weights."
                 )
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class GpuSlot:
-    """One weight buffer on the compute device. `free_event` is when compute has finished with its last bytes."""
+    """One weight buffer on the compute device. `free_event` is when compute has finished with its
+    last bytes.
+    """
 
     index: int
     tensor: torch.Tensor  # uint8 on the device

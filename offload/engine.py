@@ -1,12 +1,14 @@
-"""The one mutable coordinator: fetches what compute needs next, evicts what it needs last, keeps every promise.
+"""The one mutable coordinator: fetches what compute needs next, evicts what it needs last, keeps
+every promise.
 
-[Note: one thread] The engine's state changes only inside its methods, under one lock. Native threads move bytes
-and post completions; a completion acts in `poll`, never in a callback. (Autograd runs CUDA backward on its own
-thread while the caller's waits in `backward()`, hence the lock.)
+[Note: one thread] The engine's state changes only inside its methods, under one lock. Native
+threads move bytes and post completions; a completion acts in `poll`, never in a callback. (Autograd
+runs CUDA backward on its own thread while the caller's waits in `backward()`, hence the lock.)
 
-[Note: updates] optimizer.step() leaves an Update on each chunk with a gradient; *an optimizer step is a promise
-that fetch keeps*. `deferred`: the update runs when its chunk is fetched, or earlier where a slot is free. `eager`:
-it runs as soon as the chunk's gradient is complete, beside the rest of backward.
+[Note: updates] optimizer.step() leaves an Update on each chunk with a gradient; *an optimizer step
+is a promise that fetch keeps*. `deferred`: the update runs when its chunk is fetched, or earlier
+where a slot is free. `eager`: it runs as soon as the chunk's gradient is complete, beside the rest
+of backward.
 """
 
 from __future__ import annotations
@@ -91,10 +93,12 @@ class Engine:
         chunk.residency = chunk.resting
         chunk.make_placeholders(self.plan.fmt.weight_dtype, self.device.torch_device)
 
-    # ---- use: the only place where training waits -------------------------------------------------
+    # ---- use: the only place where training waits ----
 
     def enter(self, index: int, *, record: bool) -> None:
-        """Have chunk `index` on the compute device and its parameters bound to it. Blocks until it is there."""
+        """Have chunk `index` on the compute device and its parameters bound to it. Blocks until it
+        is there.
+        """
         with self.lock:
             self._check_alive()
             chunk = self.chunks[index]
@@ -109,7 +113,9 @@ class Engine:
             chunk.num_users += 1
 
     def _bring(self, chunk: Chunk) -> None:
-        """Start this chunk, then what comes after it, and only then wait: the one line where training can stall."""
+        """Start this chunk, then what comes after it, and only then wait: the one line where
+        training can stall.
+        """
         chunk.wanted = True  # what is prefetched must not evict it before it is bound
         try:
             self.fetch(chunk, demand=True)
@@ -120,7 +126,9 @@ class Engine:
             chunk.wanted = False
 
     def leave(self, index: int) -> None:
-        """The use is over: parameters become placeholders, the bytes stay until their slot is needed."""
+        """The use is over: parameters become placeholders, the bytes stay until their slot is
+        needed.
+        """
         with self.lock:
             chunk = self.chunks[index]
             chunk.num_users -= 1
@@ -157,7 +165,7 @@ class Engine:
                     return chunk.spec.index, address - start
         return None
 
-    # ---- the way up --------------------------------------------------------------------------------
+    # ---- the way up ----
 
     @property
     def _target(self) -> Residency:
@@ -249,7 +257,9 @@ class Engine:
         return True
 
     def _adopt_upload(self, chunk: Chunk, event: DeviceEvent) -> None:
-        """Let compute use the bytes as soon as the copy is done; the calling thread need not wait for it."""
+        """Let compute use the bytes as soon as the copy is done; the calling thread need not wait
+        for it.
+        """
         if chunk.residency is Residency.UPLOADING:
             self.device.compute_waits(event)
             chunk.to(Residency.GPU)
@@ -260,7 +270,7 @@ class Engine:
         return slot
 
     def acquire_grad_slot(self, chunk: Chunk, spill_other: Callable[[], bool]) -> Slot:
-        """A gradient slot. Waits for updates and spills in flight; then `spill_other` makes room."""
+        """A gradient slot. Waits for what is in flight; if that is nothing, `spill_other` helps."""
         while (slot := self.residence.grad_slot(chunk)) is None:
             if self._flight:
                 self.block(UPDATE)
@@ -268,10 +278,12 @@ class Engine:
                 self._block_or_refuse(f"a gradient slot for {chunk.name}", UPDATE)
         return slot
 
-    # ---- updates -----------------------------------------------------------------------------------
+    # ---- updates ----
 
     def set_updates(self, updates: Mapping[int, bytes]) -> None:
-        """Leave an Update on each chunk of `updates` (native op records), and start those that can start."""
+        """Leave an Update on each chunk of `updates` (native op records), and start those that can
+        start.
+        """
         with self.lock:
             self._check_alive()
             for index, ops in updates.items():
@@ -289,7 +301,9 @@ class Engine:
         self._start_update(chunk, keep=False, demand=True)
 
     def _start_update(self, chunk: Chunk, *, keep: bool, demand: bool) -> bool:
-        """Hand a chunk to the update worker. With `keep` the new weights land in a slot, ready for use."""
+        """Hand a chunk to the update worker. With `keep` the new weights land in a slot, ready for
+        use.
+        """
         gradient, update = chunk.gradient, chunk.update
         if gradient is None or update is None or chunk.num_users:
             raise StateError(
@@ -370,7 +384,9 @@ class Engine:
                 self.finish_update(chunk, wait=True)
 
     def finish_update(self, chunk: Chunk, *, wait: bool) -> None:
-        """Start a chunk's pending update if it has not started; with `wait`, block until it is done."""
+        """Start a chunk's pending update if it has not started; with `wait`, block until it is
+        done.
+        """
         while chunk.update is not None:
             if not chunk.update.started:
                 while chunk.residency in _BUSY:
@@ -381,14 +397,14 @@ class Engine:
             self.block(UPDATE)
 
     def invalidate(self, chunk: Chunk) -> None:
-        """Forget every copy of a chunk's weights but the one at rest, which is about to be written."""
+        """Forget every copy of a chunk's weights but the one at rest, which will be written."""
         while chunk.residency in _BUSY:
             self.block(self._cause(chunk))
         self.residence.drop_gpu(chunk)
         if chunk.slot is not None:
             self.residence.drop_host(chunk)
 
-    # ---- planes as tensors: start-up, export, inspection -------------------------------------------
+    # ---- planes as tensors: start-up, export, inspection ----
 
     def move_plane(
         self, op: int, extent: Extent, address: int, chunk: Chunk, *, cause: str
@@ -415,19 +431,23 @@ class Engine:
         finish: Finish,
         priority: int = io.DEMAND,
     ) -> None:
-        """Start moving one whole plane between its extent and memory at `address`; `finish` runs in poll."""
+        """Start moving one whole plane between its extent and memory at `address`; `finish` runs in
+        poll.
+        """
         if self.store is None:
             raise StateError(f"chunk {chunk.name}: there is no NVMe tier.")
         link = Link.READ if op == io.READ else Link.WRITE
         segments = self.store.io_segments(extent, address)
         self._flight.start_io(op, link, chunk.name, segments, finish, priority)
 
-    # ---- completions -------------------------------------------------------------------------------
+    # ---- completions ----
 
     def start_d2h(
         self, chunk: Chunk, target: torch.Tensor, source: torch.Tensor, finish: Finish
     ) -> None:
-        """Copy a device tensor to the slab behind the compute submitted so far; `finish` runs in poll."""
+        """Copy a device tensor to the slab behind the compute submitted so far; `finish` runs in
+        poll.
+        """
         event = self.device.d2h(target, source)
         self._flight.start_copy(Link.D2H, chunk.name, target.nbytes, event, finish, (source,))
 
@@ -437,15 +457,17 @@ class Engine:
             self._flight.poll()
 
     def block(self, cause: str) -> None:
-        """Wait until something in flight finishes, and act on it; the time counts as a stall on `cause`."""
+        """Wait until something in flight finishes, and act on it; the time counts as a stall on
+        `cause`.
+        """
         self._flight.block(cause)
 
     def _block_or_refuse(self, what: str, cause: str) -> None:
         if not self._flight:
             raise StateError(
-                f"no {what}: all are in use and nothing is in flight. More chunks are needed at the "
-                "same time than there are slots; raise tiers.cpu.budget (or tiers.cpu.weight_slots, "
-                "tiers.cpu.grad_slots)."
+                f"no {what}: all are in use and nothing is in flight. More chunks are needed at "
+                "the same time than there are slots; raise tiers.cpu.budget (or "
+                "tiers.cpu.weight_slots, tiers.cpu.grad_slots)."
             )
         self.block(cause)
 
@@ -460,7 +482,7 @@ class Engine:
         failure = self._flight.failure
         if failure is not None:
             raise StateError(
-                f"the engine stopped at an earlier error: {failure} Leave the context and start again."
+                f"the engine stopped at an earlier error: {failure} Leave the context, run again."
             ) from failure
 
     @property
@@ -471,7 +493,7 @@ class Engine:
     def stats(self) -> StatsCounter:
         return self._flight.stats
 
-    # ---- ends --------------------------------------------------------------------------------------
+    # ---- ends ----
 
     def end_step(self) -> None:
         """An optimizer step is over: the order of uses is known, the statistics roll."""
@@ -485,7 +507,7 @@ class Engine:
             self._flight.drain()
 
     def close(self) -> None:
-        """Drain, stop the native threads, remove the files. Idempotent; never raises for lost transfers."""
+        """Drain, stop the native threads, remove the files. Idempotent; raises for no transfer."""
         with self.lock:
             self._flight.close()
             self.device.close()

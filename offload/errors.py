@@ -1,7 +1,7 @@
 """Errors are part of the interface: each says what failed, which object, and what to do about it.
 
-Operating errors (disk, memory, numbers) are for the user to act on. StateError means that the program
-asked for something in an order that cannot be right.
+Operating errors (disk, memory, numbers) are for the user to act on. StateError means that the
+program asked for something in an order that cannot be right.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ class PolicyError(OffloadError, ValueError):
 
 
 class BudgetError(OffloadError):
-    """The model does not fit the stated budgets; the text has the sum and the nearest setting that fits."""
+    """The model does not fit the stated budgets; the text has the sum and the nearest setting that
+    fits.
+    """
 
 
 class StateError(OffloadError, RuntimeError):
-    """An operation that is not possible in the present state, such as a second engine on one model."""
+    """An operation that the present state does not allow, such as a second engine on one model."""
 
 
 class NumericsError(OffloadError, ArithmeticError):
@@ -31,7 +33,9 @@ class NumericsError(OffloadError, ArithmeticError):
 
 
 class StorageError(OffloadError, OSError):
-    """An I/O operation failed. Carries errno, path, offset (bytes), chunk name, and a remedy in the text."""
+    """An I/O operation failed. Carries errno, path, offset (bytes), chunk name, and a remedy in the
+    text.
+    """
 
     def __init__(
         self,
@@ -60,9 +64,9 @@ def _remedy(code: int) -> str:
     return {
         errno_names.ENOSPC: "Free space on this drive, or name another path in tiers.nvme.paths.",
         errno_names.EROFS: "Name a writable path in tiers.nvme.paths.",
-        errno_names.EACCES: "Give this user write access, or name another path in tiers.nvme.paths.",
+        errno_names.EACCES: "Give this user write access, or name another path in the policy.",
         errno_names.ENOENT: "Create the folder, or name an existing one in tiers.nvme.paths.",
-        errno_names.ENODATA: "The swap file is shorter than it was made; something truncated it. Start the run again.",
-        errno_names.EIO: "The drive reports a failure; check `dmesg` and SMART, and move the run to another drive.",
-        errno_names.EINVAL: "The file system refused direct I/O with this alignment; run `offload doctor` on the path.",
+        errno_names.ENODATA: "The swap file is shorter than it was made: something cut it.",
+        errno_names.EIO: "The drive reports a failure; check `dmesg`, or use another drive.",
+        errno_names.EINVAL: "Direct I/O was refused; run `offload doctor` on the path.",
     }.get(code, "Check the drive and the file system, then start the run again.")

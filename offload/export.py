@@ -29,8 +29,8 @@ def export_model(
 ) -> Path:
     """Write `folder` so that transformers' from_pretrained loads it: shards, index, config.
 
-    `read(chunk)` gives a chunk's parameters by name, each a CPU tensor. Peak memory: one shard, or one chunk
-    where that is larger. Files appear under their final names only when they are whole.
+    `read(chunk)` gives a chunk's parameters by name, each a CPU tensor. Peak memory: one shard, or
+    one chunk where that is larger. Files appear under their final names only when they are whole.
     """
     from safetensors.torch import save_file
 

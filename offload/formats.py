@@ -2,10 +2,10 @@
 
 [Note: residue]
 `exact` keeps an fp32 master in two 16-bit planes. With b the 32 bits of the master,
-weight = (b + 0x8000) >> 16 and residue = b & 0xFFFF, both modulo their width. The weight is the bf16 that
-compute uses, and b can be rebuilt from both: upper = weight - (residue >= 0x8000). Rounding to nearest even
-would not be invertible (a tie at 0x8000 goes either way), so the rule here is nearest, ties away from zero.
-A gradient that accumulates in fp32 uses the same pair of planes.
+weight = (b + 0x8000) >> 16 and residue = b & 0xFFFF, both modulo their width. The weight is the
+bf16 that compute uses, and b can be rebuilt from both: upper = weight - (residue >= 0x8000).
+Rounding to nearest even would not be invertible (a tie at 0x8000 goes either way), so the rule here
+is nearest, ties away from zero. A gradient that accumulates in fp32 uses the same pair of planes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NATIVE_PLANE_ORDER = STATE_PLANES + GRAD_PLANES
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StateFormat:
-    """The planes of a format with their dtypes. `native_code` is the update kernel's name for it."""
+    """A format's planes with their dtypes. `native_code` is the update kernel's name for it."""
 
     name: str
     native_code: int
@@ -94,7 +94,7 @@ def is_supported_dtype(dtype: torch.dtype) -> bool:
 
 
 def split_master(master: torch.Tensor, weight: torch.Tensor, residue: torch.Tensor) -> None:
-    """Split an fp32 master (N) into bf16 weight (N) and 16-bit residue (N), contiguous, on the CPU."""
+    """Split an fp32 master (N) into bf16 weight (N) and 16-bit residue (N), all contiguous."""
     _native.split_fp32(master.data_ptr(), weight.data_ptr(), residue.data_ptr(), master.numel())
 
 
@@ -115,7 +115,8 @@ class LandMode(enum.IntEnum):
 def land_gradient(
     source: torch.Tensor, plane: torch.Tensor, plane_lo: torch.Tensor | None, mode: LandMode
 ) -> float:
-    """Put a contiguous CPU gradient (N) into its grad plane (N); return the sum of squares of the result.
+    """Put a contiguous CPU gradient (N) into its grad plane (N); return the sum of squares of the
+    result.
 
     The sum is float64 in a fixed order, so its bits do not depend on where anything lies.
     """

@@ -1,8 +1,10 @@
-"""Modules that are not blocks: fetched around their forward, and again wherever backward needs their weights.
+"""Modules that are not blocks: fetched around their forward, and again wherever backward needs
+their weights.
 
-[Note: handles] Autograd saves weights for backward. A view into a slot must not be saved, because the slot will
-hold something else by then. So around these forwards a saved-tensor hook swaps every view of a weight for a
-handle (chunk, place, shape), recognised by its address, and backward fetches the chunk when it unpacks one.
+[Note: handles] Autograd saves weights for backward. A view into a slot must not be saved, because
+the slot will hold something else by then. So around these forwards a saved-tensor hook swaps every
+view of a weight for a handle (chunk, place, shape), recognised by its address, and backward fetches
+the chunk when it unpacks one.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class WeightHandle:
 
 
 class Autograd:
-    """What happens between the engine and autograd: handles, holds during backward, gradients landing."""
+    """What happens between the engine and autograd: handles, holds during backward, gradients
+    landing.
+    """
 
     def __init__(self, engine: Engine, gradients: Gradients) -> None:
         self.engine = engine
@@ -56,11 +60,13 @@ class Autograd:
         for chunk in engine.chunks:
             self._placeholders.update(chunk.placeholder_addresses())
 
-    # ---- forward -----------------------------------------------------------------------------------
+    # ---- forward ----
 
     @contextlib.contextmanager
     def using(self, indices: tuple[int, ...]) -> Iterator[None]:
-        """Have these chunks on the compute device; weights that autograd saves meanwhile become handles."""
+        """Have these chunks on the compute device; weights that autograd saves meanwhile become
+        handles.
+        """
         record = torch.is_grad_enabled()
         entered = []
         try:
@@ -85,7 +91,8 @@ class Autograd:
         absent = self._placeholders.get(tensor.untyped_storage().data_ptr())
         if absent is not None:
             raise NumericsError(
-                f"parameter {absent} was read while its weights were not in memory: code uses it outside its "
+                f"parameter {absent} was read while its weights were not in memory: code uses it "
+                "outside its "
                 "module's forward. Wrap that code in `with engine.gathered(module_or_params):`."
             )
         place = self.engine.locate(tensor.data_ptr())
@@ -113,7 +120,7 @@ class Autograd:
 
         return pytree.tree_map(copy, outputs)
 
-    # ---- backward ----------------------------------------------------------------------------------
+    # ---- backward ----
 
     def hold(self, index: int) -> None:
         """Keep a chunk on the compute device until the autograd node that asked for it is done."""
@@ -176,7 +183,9 @@ class Autograd:
         return land
 
     def _complete_if_free(self, index: int) -> None:
-        """All gradients of a chunk that is not run as a block are there: its weights are not needed any more."""
+        """All gradients of a chunk that is not run as a block are there: its weights are not needed
+        any more.
+        """
         if index in self._held:
             self._held.discard(index)
             self.engine.leave(index)
@@ -198,7 +207,9 @@ class OwnerPass:
 
 
 class RootPass:
-    """Stands in for the forward of the whole model: checks before, and hooks for weights read where they are not."""
+    """Stands in for the forward of the whole model: checks before, and hooks for weights read where
+    they are not.
+    """
 
     def __init__(self, module: nn.Module, autograd: Autograd, check: Callable[[], None]) -> None:
         self.forward = module.forward

@@ -1,4 +1,6 @@
-"""Everything in flight: who is told what when a move ends, and how the engine sleeps until one does."""
+"""Everything in flight: who is told what when a move ends, and how the engine sleeps until one
+does.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ class InFlight:
     def __bool__(self) -> bool:
         return bool(self._transfers)
 
-    # ---- starting ----------------------------------------------------------------------------------
+    # ---- starting ----
 
     def start_io(
         self,
@@ -46,7 +48,9 @@ class InFlight:
         finish: Finish,
         priority: int,
     ) -> None:
-        """Start an NVMe transfer; `finish(result, fd, offset)` runs when its completion is collected."""
+        """Start an NVMe transfer; `finish(result, fd, offset)` runs when its completion is
+        collected.
+        """
         if self._queue is None:
             raise StateError(f"chunk {chunk}: there is no NVMe tier.")
         tag = self._track(link, chunk, sum(segment[3] for segment in segments), finish)
@@ -94,7 +98,7 @@ class InFlight:
         )
         return tag
 
-    # ---- ending ------------------------------------------------------------------------------------
+    # ---- ending ----
 
     def poll(self) -> None:
         """Act on whatever has finished; never blocks."""

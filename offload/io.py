@@ -23,7 +23,9 @@ Segment = tuple[int, int, int, int]  # fd, offset, address, nbytes
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class IoCompletion:
-    """What became of one transfer: `result` is the bytes moved, or -errno with the fd and offset that failed."""
+    """What became of one transfer: `result` is the bytes moved, or -errno with the fd and offset
+    that failed.
+    """
 
     tag: int
     result: int
@@ -44,7 +46,7 @@ class IoQueue:
     def submit(
         self, op: int, tag: int, segments: Sequence[Segment], priority: int = DEMAND
     ) -> None:
-        """Start one transfer over all segments; it completes exactly once. Buffers must outlive it."""
+        """Start one transfer over all segments; it completes once. Buffers must outlive it."""
         self._queue.submit(op, tag, priority, segments)
 
     def poll(self) -> list[IoCompletion]:
@@ -76,8 +78,10 @@ def choose_backend(requested: str) -> tuple[str, str]:
     name = errno.errorcode.get(code, str(code))
     if requested == "uring":
         raise PolicyError(
-            f"tiers.nvme.io is uring, but the kernel refuses io_uring ({name}); a container's seccomp "
-            "profile or the sysctl kernel.io_uring_disabled forbids it. Set tiers.nvme.io to auto or threads."
+            f"tiers.nvme.io is uring, but the kernel refuses io_uring ({name}); a container's "
+            "seccomp "
+            "profile or the sysctl kernel.io_uring_disabled forbids it. Set tiers.nvme.io to auto "
+            "or threads."
         )
     if code not in _REFUSALS:
         logger.warning("io_uring failed in an unusual way (%s)", name)

@@ -1,7 +1,8 @@
-"""Gradients: how they land, accumulate, wait, spill, and are measured. Their state lives on the chunk.
+"""Gradients: how they land, accumulate, wait, spill, and are measured. Their state lives on the
+chunk.
 
-A gradient leaves `Parameter.grad` the moment autograd has made it. The sum of squares is taken in the same pass,
-in a fixed order, so the global norm's bits do not depend on where anything lies.
+A gradient leaves `Parameter.grad` the moment autograd has made it. The sum of squares is taken in
+the same pass, in a fixed order, so the global norm's bits do not depend on where anything lies.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ OpsOf = Callable[[Chunk], bytes]
 
 
 class Gradients:
-    """Lands gradients on the engine's chunks. `ops_of` gives the update of a chunk that is complete (eager)."""
+    """Lands gradients on the engine's chunks. `ops_of` gives the update of a chunk that is complete
+    (eager).
+    """
 
     def __init__(self, engine: Engine, *, eager: bool) -> None:
         self.engine = engine
@@ -42,12 +45,14 @@ class Gradients:
         ] = {}  # sums of squares of this step, kept beyond eager updates
         self._updated: set[int] = set()  # chunks whose eager update has been given out in this step
 
-    # ---- landing -----------------------------------------------------------------------------------
+    # ---- landing ----
 
     def land(
         self, index: int, position: int, grad: torch.Tensor, graph_task: int, *, split: bool
     ) -> None:
-        """Take one parameter's gradient from autograd. `split` says that micro-batches of a block add up in fp32."""
+        """Take one parameter's gradient from autograd. `split` says that micro-batches of a block
+        add up in fp32.
+        """
         with self.engine.lock:
             chunk = self.engine.chunks[index]
             name = chunk.spec.params[position].name
@@ -66,13 +71,17 @@ class Gradients:
     def _check(self, chunk: Chunk, name: str, grad: torch.Tensor) -> None:
         if self.must_zero:
             raise StateError(
-                "backward() after optimizer.step() without zero_grad(): the engine does not keep gradients "
-                "beyond step(), so nothing is there to accumulate onto. Call optimizer.zero_grad() after each step."
+                "backward() after optimizer.step() without zero_grad(): the engine does not keep "
+                "gradients "
+                "beyond step(), so nothing is there to accumulate onto. Call optimizer.zero_grad() "
+                "after each step."
             )
         if chunk.spec.index in self._updated:
             raise StateError(
-                f"a second gradient for {name} came after its update was given out. optimizer.update eager takes "
-                "one backward() per step(); set optimizer.update: deferred for gradient accumulation."
+                f"a second gradient for {name} came after its update was given out. "
+                "optimizer.update eager takes "
+                "one backward() per step(); set optimizer.update: deferred for gradient "
+                "accumulation."
             )
         if grad.layout is not torch.strided:
             raise StateError(
@@ -107,7 +116,8 @@ class Gradients:
                 s.nbytes(Plane.GRAD_LO, self.engine.plan.fmt) for s in self.engine.plan.specs
             )
             raise BudgetError(
-                f"gradient accumulation in fp32 needs {nbytes} bytes more. Raise tiers.cpu.budget by that much, "
+                f"gradient accumulation in fp32 needs {nbytes} bytes more. Raise tiers.cpu.budget "
+                "by that much, "
                 "or name a drive in tiers.nvme.paths."
             ) from error
         gradient.lo.region.tensor.zero_()
@@ -131,7 +141,9 @@ class Gradients:
     def _land_from_device(
         self, chunk: Chunk, position: int, grad: torch.Tensor, mode: LandMode
     ) -> None:
-        """Copy out beside compute. The first gradient goes straight to its plane, later ones through a bounce slot."""
+        """Copy out beside compute. The first gradient goes straight to its plane, later ones
+        through a bounce slot.
+        """
         index = chunk.spec.index
         arriving = self._arriving.setdefault(index, set())
         while position in arriving:
@@ -163,10 +175,12 @@ class Gradients:
         while self._arriving.get(chunk.spec.index):
             self.engine.block(Link.D2H.value)
 
-    # ---- complete: spill or update -----------------------------------------------------------------
+    # ---- complete: spill or update ----
 
     def complete(self, index: int) -> None:
-        """A chunk has all the gradients this backward will bring: update it (eager), or let them wait."""
+        """A chunk has all the gradients this backward will bring: update it (eager), or let them
+        wait.
+        """
         with self.engine.lock:
             chunk = self.engine.chunks[index]
             if chunk.gradient is None or index in self._updated or chunk.spec.is_small:
@@ -256,7 +270,7 @@ class Gradients:
         if result < 0 and self.engine.store is not None:
             raise self.engine.store.error(-result, action, fd, offset, chunk.name)
 
-    # ---- norm, step, zero --------------------------------------------------------------------------
+    # ---- norm, step, zero ----
 
     def landed(self) -> list[Chunk]:
         """The chunks that hold a gradient which no update has taken yet."""
@@ -268,9 +282,11 @@ class Gradients:
             self._await_arrivals(chunk)
 
     def norm(self, members: Container[tuple[int, int]] | None = None) -> float:
-        """2-norm of what has landed since the last step: float64 sums per parameter, added in model order.
+        """2-norm of what has landed since the last step: float64 sums per parameter, added in model
+        order.
 
-        `members` limits it to these (chunk index, position). Eager updates keep their sums until step().
+        `members` limits it to these (chunk index, position). Eager updates keep their sums until
+        step().
         """
         self.settle()
         total = 0.0
@@ -291,16 +307,21 @@ class Gradients:
         return bool(self._updated)
 
     def check_finite(self, chunks: Iterable[Chunk]) -> None:
-        """Raise NumericsError where a gradient has a NaN or Inf; nothing has been changed by it yet."""
+        """Raise NumericsError where a gradient has a NaN or Inf; nothing has been changed by it
+        yet.
+        """
         for chunk in chunks:
             if chunk.gradient is None:
                 continue
             for position, squares in chunk.gradient.sum_squares.items():
                 if not math.isfinite(squares):
                     raise NumericsError(
-                        f"the gradient of {chunk.spec.params[position].name} is not finite: the loss was NaN or "
-                        "Inf, or code read a weight outside its module's forward (see engine.gathered). No weight "
-                        "has been updated with it. Lower the learning rate, or call zero_grad() to skip this step."
+                        f"the gradient of {chunk.spec.params[position].name} is not finite: the "
+                        "loss was NaN or "
+                        "Inf, or code read a weight outside its module's forward (see "
+                        "engine.gathered). No weight "
+                        "has been updated with it. Lower the learning rate, or call zero_grad() to "
+                        "skip this step."
                     )
 
     def zero(self) -> None:
@@ -308,7 +329,8 @@ class Gradients:
         with self.engine.lock:
             if self._updated:
                 raise StateError(
-                    "zero_grad() before step(): optimizer.update eager has already applied these gradients. "
+                    "zero_grad() before step(): optimizer.update eager has already applied these "
+                    "gradients. "
                     "Set optimizer.update: deferred to be able to drop them."
                 )
             self.settle()
@@ -328,7 +350,9 @@ class Gradients:
         self.must_zero = True
 
     def grad(self, chunk: Chunk, position: int) -> torch.Tensor:
-        """A copy of one landed gradient, in fp32 where it has accumulated, else in its own dtype, on the CPU."""
+        """A copy of one landed gradient, in fp32 where it has accumulated, else in its own dtype,
+        on the CPU.
+        """
         with self.engine.lock:
             gradient, param = chunk.gradient, chunk.spec.params[position]
             self._await_arrivals(chunk)

@@ -1,8 +1,8 @@
 """Next-token loss that never holds the logits in fp32.
 
 Where the vocabulary is large the logits are the largest activation of a small model, and the usual
-loss keeps several copies of them in fp32. Here loss and gradient are computed in fp32 for a few rows
-at a time, and the gradient is kept in the logits' own dtype.
+loss keeps several copies of them in fp32. Here loss and gradient are computed in fp32 for a few
+rows at a time, and the gradient is kept in the logits' own dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How weights get into the tiers: from a model in RAM, from its modules' own initialisers, or from safetensors.
+"""How weights get into the tiers: from a model in RAM, from its modules' own initialisers, or from
+safetensors.
 
 All three fill one chunk at a time straight into its planes, so a model need never be whole in RAM.
 """
@@ -48,8 +49,12 @@ def fill_chunk(engine: Engine, chunk: Chunk, source: WeightSource) -> None:
     chunk.filled = True
 
 
-def _stage(engine: Engine, chunk: Chunk) -> tuple[dict[Plane, torch.Tensor], list[tuple[Slot, Extent]]]:
-    """Flat tensors to fill: pinned planes in place, the others in borrowed slots that are written after."""
+def _stage(
+    engine: Engine, chunk: Chunk
+) -> tuple[dict[Plane, torch.Tensor], list[tuple[Slot, Extent]]]:
+    """Flat tensors to fill: pinned planes in place, the others in borrowed slots that are written
+    after.
+    """
     planes: dict[Plane, torch.Tensor] = {}
     staged: list[tuple[Slot, Extent]] = []
     for plane in (Plane.WEIGHT, Plane.RESIDUE):
@@ -78,35 +83,44 @@ def _store(
         split_master(master, weight[place], low)
 
 
-# ---- a model in RAM -----------------------------------------------------------------------------------
+# ---- a model in RAM ----
 
 
 def from_memory(engine: Engine) -> None:
-    """Move the parameters' own values into the tiers, chunk by chunk; their storage is freed as it goes."""
+    """Move the parameters' own values into the tiers, chunk by chunk; their storage is freed as it
+    goes.
+    """
     for chunk in engine.chunks:
-        params = dict(zip(chunk.spec.params, chunk.params, strict=True))
-
-        def copy(spec: ParamSpec, target: torch.Tensor, params: Any = params) -> None:
-            target.copy_(params[spec].detach())
-
-        fill_chunk(engine, chunk, copy)
+        fill_chunk(engine, chunk, _copy_from({s: p.detach() for p, s in _pairs(chunk)}))
         chunk.unbind()
 
 
-# ---- a model on meta ----------------------------------------------------------------------------------
+def _copy_from(values: dict[ParamSpec, torch.Tensor]) -> WeightSource:
+    def copy(spec: ParamSpec, target: torch.Tensor) -> None:
+        target.copy_(values[spec])
+
+    return copy
+
+
+# ---- a model on meta ----
 
 
 def make_real(chunk: Chunk) -> None:
-    """Turn meta parameters into real ones that hold placeholders; the Parameter objects stay the same."""
+    """Turn meta parameters into real ones that hold placeholders; the Parameter objects stay the
+    same.
+    """
     for position, param in enumerate(chunk.params):
         if param.is_meta:
             real = nn.Parameter(chunk.placeholder(position), requires_grad=param.requires_grad)
-            torch.utils.swap_tensors(param, real)
+            swap: Any = torch.utils.swap_tensors  # untyped
+            swap(param, real)
     chunk.unbind()
 
 
 def from_initialisers(engine: Engine, model: nn.Module) -> None:
-    """Run the modules' own initialisers, chunk by chunk: `_init_weights` of Hugging Face, else reset_parameters."""
+    """Run the modules' own initialisers, chunk by chunk: `_init_weights` of Hugging Face, else
+    reset_parameters.
+    """
     owners = _owners(model)
     for chunk in engine.chunks:
         make_real(chunk)
@@ -116,8 +130,7 @@ def from_initialisers(engine: Engine, model: nn.Module) -> None:
             param.data = values[id(param)]
         for name, module in _modules_of(chunk, owners):
             _initialise(model, name, module)
-        specs = {spec: param.data for param, spec in _pairs(chunk)}
-        fill_chunk(engine, chunk, lambda spec, target, specs=specs: target.copy_(specs[spec]))  # type: ignore[misc]
+        fill_chunk(engine, chunk, _copy_from({s: p.data for p, s in _pairs(chunk)}))
         chunk.unbind()
     materialise_buffers(model)
 
@@ -156,7 +169,7 @@ def _initialise(model: nn.Module, name: str, module: nn.Module) -> None:
             reset()
         else:
             raise StateError(
-                f"module {name} ({type(module).__name__}) has parameters but no reset_parameters(); "
+                f"module {name} ({type(module).__name__}) has no reset_parameters(); "
                 "build the model in RAM, or give offload(weights=...) a folder of safetensors."
             )
 
@@ -176,12 +189,12 @@ def materialise_buffers(model: nn.Module) -> None:
             buffer = module._buffers[key]
             if buffer is not None and buffer.is_floating_point() and bool(buffer.isnan().any()):
                 raise StateError(
-                    f"buffer {name}.{key} is on meta and its module's initialiser does not set it; build the model "
-                    "with real buffers (torch.device('meta') only around parameters)."
+                    f"buffer {name}.{key} is on meta, and its module does not initialise it; build "
+                    "the model with real buffers (torch.device('meta') only around parameters)."
                 )
 
 
-# ---- safetensors --------------------------------------------------------------------------------------
+# ---- safetensors ----
 
 
 class SafetensorsFolder:
@@ -196,7 +209,7 @@ class SafetensorsFolder:
             self._files = json.loads(index.read_text())["weight_map"]
         elif (folder / "model.safetensors").exists():
             self._files = {
-                key: "model.safetensors" for key in self._handle("model.safetensors").keys()
+                key: "model.safetensors" for key in list(self._handle("model.safetensors").keys())
             }  # noqa: SIM118
         else:
             raise StateError(
@@ -218,8 +231,8 @@ class SafetensorsFolder:
                 return name
         raise StateError(
             f"{self.folder} has no tensor for parameter {names[0]} (tried {', '.join(names)}). "
-            "The checkpoint is of another architecture, or stores experts one by one: load it with transformers, "
-            "save_pretrained() it in the present layout, or wrap the model from RAM."
+            "The checkpoint is of another architecture, or stores experts singly: load it in "
+            "transformers, save_pretrained() it in the present layout, or wrap the model from RAM."
         )
 
     def read(self, name: str, target: torch.Tensor) -> None:
@@ -241,8 +254,15 @@ def from_folder(engine: Engine, model: nn.Module, folder: Path) -> None:
     for chunk in engine.chunks:
         keys = {spec: source.find(aliases[id(param)]) for param, spec in _pairs(chunk)}
         make_real(chunk)
-        fill_chunk(engine, chunk, lambda spec, target, keys=keys: source.read(keys[spec], target))  # type: ignore[misc]
+        fill_chunk(engine, chunk, _read_from(source, keys))
     materialise_buffers(model)
+
+
+def _read_from(source: SafetensorsFolder, keys: dict[ParamSpec, str]) -> WeightSource:
+    def read(spec: ParamSpec, target: torch.Tensor) -> None:
+        source.read(keys[spec], target)
+
+    return read
 
 
 def _all_names(model: nn.Module) -> dict[int, list[str]]:

@@ -1,11 +1,12 @@
 """Keep OpenMP's threads from spinning beside the update worker.
 
-[Note: spinning] libgomp's threads spin for milliseconds after each parallel region, waiting for the next. With
-compute on all cores a worker thread of ours then finds no core, holds back the slowest compute thread, and the run
-becomes several times slower. OMP_WAIT_POLICY=passive cures it, but libgomp reads it when it is loaded, and a
-library is imported too late to set it. What libgomp does look at in every wait is whether more of its threads exist
-than cores; then it spins for a hundred rounds only. One parked thread that has run a parallel region of its own
-tips that balance: its team stays, asleep, and everybody else stops spinning.
+[Note: spinning] libgomp's threads spin for milliseconds after each parallel region, waiting for the
+next. With compute on all cores a worker thread of ours then finds no core, holds back the slowest
+compute thread, and the run becomes several times slower. OMP_WAIT_POLICY=passive cures it, but
+libgomp reads it when it is loaded, and a library is imported too late to set it. What libgomp does
+look at in every wait is whether more of its threads exist than cores; then it spins for a hundred
+rounds only. One parked thread that has run a parallel region of its own tips that balance: its team
+stays, asleep, and everybody else stops spinning.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Optimizers whose state lives in the tiers. They are torch.optim.Optimizers: param groups and schedulers work."""
+"""Optimizers whose state lives in the tiers. They are torch.optim.Optimizers: param groups and
+schedulers work.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with moments in the tiers.
 
-    Arithmetic is that of torch.optim.AdamW(fused=True) on the fp32 master. Create it inside the context:
-    every parameter must belong to one offloaded model. Hyperparameters are captured at step().
+    Arithmetic is that of torch.optim.AdamW(fused=True) on the fp32 master. Create it inside the
+    context: every parameter must belong to one offloaded model. Hyperparameters are captured at
+    step().
     """
 
     def __init__(
@@ -34,8 +37,12 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         _check_hyperparameters(lr, betas, eps, weight_decay)
         defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
-        }  # fmt: skip
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
         super().__init__(params, defaults)
         self._owner = self._find_owner()
         self._group_of = self._index_groups()
@@ -67,7 +74,9 @@ class AdamW(torch.optim.Optimizer):
     def ops_for(
         self, chunk: Chunk, positions: Iterable[int], scales: dict[tuple[int, int], float]
     ) -> list[AdamWOp]:
-        """The update of the given parameters of a chunk, with the present hyperparameters; counts their steps."""
+        """The update of the given parameters of a chunk, with the present hyperparameters; counts
+        their steps.
+        """
         ops = []
         for position in sorted(positions):
             spec, group_index = (
@@ -100,7 +109,7 @@ class AdamW(torch.optim.Optimizer):
         return [tuple(_plain(group[key]) for key in keys) for group in self.param_groups]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Give every gradient that has landed to its update. Returns the closure's loss, or None.
 
         Raises NumericsError, with nothing changed, where a gradient is not finite.
@@ -113,7 +122,9 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop what has landed. Gradients never stay on parameters, so there is nothing to set to zero."""
+        """Drop what has landed. Gradients never stay on parameters, so there is nothing to set to
+        zero.
+        """
         self._owner.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:

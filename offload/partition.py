@@ -1,4 +1,6 @@
-"""How a model is cut into chunks: one per block, one per larger module outside of blocks, one for all little tensors."""
+"""How a model is cut into chunks: one per block, one per larger module outside of blocks, one for
+all little tensors.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class Partition:
 def partition(model: nn.Module) -> Partition:
     """Cut a model; every parameter lands in exactly one chunk, however often it is tied.
 
-    Raises PolicyError for a dtype that the tiers cannot hold, StateError for a model without parameters.
+    Raises PolicyError for a dtype that the tiers cannot hold, StateError for a model without
+    parameters.
     """
     _check_params(model)
     builder = _Builder()
@@ -48,17 +51,21 @@ def _check_params(model: nn.Module) -> None:
     for name, param in model.named_parameters():
         if not is_supported_dtype(param.dtype):
             raise PolicyError(
-                f"parameter {name} is {param.dtype}; the tiers hold float32, bfloat16 and float16 weights. "
-                "Convert it with .to(torch.float32), or keep it out of model.parameters() as a buffer."
+                f"parameter {name} is {param.dtype}; the tiers hold float32, bfloat16 and float16 "
+                "weights. "
+                "Convert it with .to(torch.float32), or keep it out of model.parameters() as a "
+                "buffer."
             )
-        if isinstance(param, nn.parameter.UninitializedTensorMixin):
+        if isinstance(param, nn.UninitializedParameter):
             raise StateError(f"parameter {name} is lazy; run one forward before offload.offload().")
     if next(model.parameters(), None) is None:
         raise StateError("the model has no parameters; there is nothing to offload.")
 
 
 def _walk(model: nn.Module, blocks: dict[int, str]) -> Iterator[tuple[str, nn.Module]]:
-    """Modules in registration order; nothing inside a block or an attention that reads its children's weights."""
+    """Modules in registration order; nothing inside a block or an attention that reads its
+    children's weights.
+    """
 
     def visit(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module

@@ -1,8 +1,10 @@
-"""Where every byte will lie, decided before training starts. Pure functions: specs and budgets in, Plan out.
+"""Where every byte will lie, decided before training starts. Pure functions: specs and budgets in,
+Plan out.
 
-RAM is a static cache of NVMe. A byte of weight pinned there saves three bytes of traffic a step (read twice,
-written once), a byte of any other plane saves two; static pinning beats LRU for a loop that visits everything
-(research: GreedySnake, FlexGen). What does not fit is refused here, with the sum and the nearest setting that fits.
+RAM is a static cache of NVMe. A byte of weight pinned there saves three bytes of traffic a step
+(read twice, written once), a byte of any other plane saves two; static pinning beats LRU for a loop
+that visits everything (research: GreedySnake, FlexGen). What does not fit is refused here, with the
+sum and the nearest setting that fits.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ class Plan:
         )
 
     def nvme_planes(self, spec: ChunkSpec) -> list[Plane]:
-        """The planes of a chunk that need an extent: unpinned state, and room for spilled gradients."""
+        """The planes of a chunk that need an extent: unpinned state, and room for spilled
+        gradients.
+        """
         if not self.uses_nvme:
             return []
         planes = [p for p in spec.state_planes(self.fmt) if (spec.index, p) not in self.pinned]
@@ -102,7 +106,9 @@ class Plan:
         return sum(spec.nbytes(p, self.fmt) for spec in self.specs for p in self.nvme_planes(spec))
 
     def traffic(self, order: Sequence[int] | None = None) -> tuple[int, int]:
-        """Predicted (bytes read, bytes written) on NVMe per optimizer step with one backward, in steady state."""
+        """Predicted (bytes read, bytes written) on NVMe per optimizer step with one backward, in
+        steady state.
+        """
         order = list(
             order
             if order is not None
@@ -131,9 +137,12 @@ class Plan:
     def __str__(self) -> str:
         num_params = sum(spec.num_params for spec in self.specs)
         lines = [
-            f"{num_params / 1e6:.1f} M parameters in {len(self.specs)} chunks, format {self.fmt.name} "
+            f"{num_params / 1e6:.1f} M parameters in {len(self.specs)} chunks, format "
+            f"{self.fmt.name} "
             f"({self.fmt.state_itemsize} B/param): {format_nbytes(self.state_nbytes)} of state",
-            f"CPU slab {format_nbytes(self.slab_nbytes)} of {format_nbytes(self.cpu_budget_nbytes)} budget:",
+            f"CPU slab {format_nbytes(self.slab_nbytes)} "
+            f"of {format_nbytes(self.cpu_budget_nbytes)} "
+            "budget:",
         ]
         lines += [f"  {name:<28} {format_nbytes(nbytes):>12}" for name, nbytes in self.terms()]
         if self.uses_nvme:
@@ -196,7 +205,8 @@ class _Planner:
         rows = "; ".join(f"{name} {format_nbytes(n)}" for name, n in plan.terms())
         other = "" if self.has_nvme else ", or name a drive in tiers.nvme.paths"
         return BudgetError(
-            f"tiers.cpu.budget of {format_nbytes(self.budget)} is too small: {case} the model needs "
+            f"tiers.cpu.budget of {format_nbytes(self.budget)} is too small: {case} the model "
+            "needs "
             f"{format_nbytes(needed)} ({rows}). Set tiers.cpu.budget to at least "
             f"{needed >> 20}MiB{other}."
         )
@@ -247,7 +257,7 @@ class _Planner:
         return self._base(pools=tuple(pools), pinned=self.small)
 
     def _grad_slots(self, num_gradients: int) -> int:
-        """Slots for that many landing gradients: one of them accumulating in two halves, and a bounce
+        """Slots for so many landing gradients: one of them accumulating in two halves, and a bounce
         buffer where gradients come from another device."""
         bounce = 0 if self.host_compute else 1
         return num_gradients - 1 + len(self.fmt.grad_planes) + bounce
@@ -323,7 +333,7 @@ class _Planner:
 
 
 def _tile_numel(specs: Sequence[ChunkSpec], policy: OffloadPolicy) -> int:
-    """The policy's tile, but no larger than a chunk, and the tiles together at most an eighth of the budget."""
+    """The policy's tile, at most a chunk, all tiles together at most an eighth of the budget."""
     tile = min(policy.optimizer.tile_numel, max(spec.numel for spec in specs))
     while tile > _MIN_TILE_NUMEL and tile_buffer_nbytes(tile) * 8 > policy.tiers.cpu.budget:
         tile //= 2

@@ -1,4 +1,6 @@
-"""Planes as tensors outside of training: export, inspection, gathered weights, and giving a model back."""
+"""Planes as tensors outside of training: export, inspection, gathered weights, and giving a model
+back.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,16 @@ from offload.tier import Link
 
 
 class PlaneReader:
-    """Copies planes out of the tiers and back. Each call finishes the chunk's pending update first."""
+    """Copies planes out of the tiers and back; each call finishes a pending update first."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._last: tuple[tuple[int, tuple[int, ...]], torch.Tensor] | None = None
 
     def _read(self, chunk: Chunk, plane: Plane) -> torch.Tensor:
-        """A copy of one whole plane (numel,). Memory: the plane, twice for a moment where it lies on NVMe."""
+        """A copy of one whole plane (numel,). Memory: the plane, twice for a moment where it lies
+        on NVMe.
+        """
         engine, dtype = self._engine, self._engine.plan.fmt.dtypes[plane]
         with engine.lock:
             engine.finish_update(chunk, wait=True)
@@ -49,7 +53,9 @@ class PlaneReader:
 
     @contextlib.contextmanager
     def _staging(self, chunk: Chunk, plane: Plane) -> Iterator[torch.Tensor]:
-        """Aligned memory of one plane (uint8), outside the slab: none of its slots need be free here."""
+        """Aligned memory of one plane (uint8), outside the slab: none of its slots need be free
+        here.
+        """
         nbytes = chunk.spec.nbytes(plane, self._engine.plan.fmt)
         slab = Slab(nbytes)
         try:
@@ -57,7 +63,7 @@ class PlaneReader:
         finally:
             slab.close()
 
-    # ---- out ---------------------------------------------------------------------------------------
+    # ---- out ----
 
     def master(self, chunk: Chunk) -> torch.Tensor:
         """The fp32 master (numel,) of a chunk; where nothing is trained, its weights in fp32."""
@@ -71,7 +77,9 @@ class PlaneReader:
         return master
 
     def weights(self, chunk: Chunk, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-        """A chunk's parameters by name: the weights of compute, or with dtype the master in that dtype."""
+        """A chunk's parameters by name: the weights of compute, or with dtype the master in that
+        dtype.
+        """
         if dtype is None or dtype is self._engine.plan.fmt.weight_dtype:
             flat = self._read(chunk, Plane.WEIGHT)
         else:
@@ -81,7 +89,9 @@ class PlaneReader:
         }
 
     def weight(self, chunk: Chunk, position: int) -> torch.Tensor:
-        """A copy of one parameter as compute sees it. Reads its chunk, or what the last call read of it."""
+        """A copy of one parameter as compute sees it. Reads its chunk, or what the last call read
+        of it.
+        """
         stamp = (chunk.spec.index, tuple(chunk.num_steps))
         if self._last is None or self._last[0] != stamp:
             self._last = (stamp, self._read(chunk, Plane.WEIGHT))
@@ -106,7 +116,7 @@ class PlaneReader:
             piece = flat[spec.offset : spec.offset + spec.numel].view(spec.shape)
             param.data = piece.to(dtypes[id(param)], copy=True)
 
-    # ---- out and back ------------------------------------------------------------------------------
+    # ---- out and back ----
 
     @contextlib.contextmanager
     def gathered(self, indices: Sequence[int]) -> Iterator[None]:

@@ -144,7 +144,7 @@ class CpuPolicy(Section):
     budget: Nbytes = Field(description="a size above 0: the most host memory that the run may use")
     pin: Literal["auto"] | bool = Field(
         default="auto",
-        description="auto (pin where CUDA is in use), true or false: page-lock the host memory",
+        description="auto or true: planes rest in RAM as far as the budget goes; false: on NVMe",
     )
     weight_slots: int | None = Field(
         default=None,

@@ -12,7 +12,9 @@ from offload.policy import format_nbytes
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
-    """`arenas` sum to `slab_nbytes`, which is at most `budget_nbytes`; RSS is that of the whole process."""
+    """`arenas` sum to `slab_nbytes`, which is at most `budget_nbytes`; RSS is that of the whole
+    process.
+    """
 
     arenas: dict[str, int]
     slab_nbytes: int
@@ -24,10 +26,13 @@ class MemoryReport:
 
     def __str__(self) -> str:
         rows = [f"  {name:<28} {format_nbytes(n):>12}" for name, n in self.arenas.items()]
-        head = f"CPU slab {format_nbytes(self.slab_nbytes)} of {format_nbytes(self.budget_nbytes)} promised:"
+        slab, budget = format_nbytes(self.slab_nbytes), format_nbytes(self.budget_nbytes)
+        head = f"CPU slab {slab} of {budget} promised:"
         tail = [
-            f"NVMe files {format_nbytes(self.nvme_nbytes)}, GPU slots {format_nbytes(self.gpu_nbytes)}",
-            f"process: {format_nbytes(self.rss_nbytes)} resident, {format_nbytes(self.peak_rss_nbytes)} at most",
+            f"NVMe files {format_nbytes(self.nvme_nbytes)}, GPU slots "
+            f"{format_nbytes(self.gpu_nbytes)}",
+            f"process: {format_nbytes(self.rss_nbytes)} resident, "
+            f"{format_nbytes(self.peak_rss_nbytes)} at most",
         ]
         return "\n".join([head, *rows, *tail])
 

@@ -1,6 +1,7 @@
 """The slots that the plan asks for, made real, and the rule of who gives one up.
 
-Host slots are carved from the slab, weight slots on the compute device are allocated there, all at start.
+Host slots are carved from the slab, weight slots on the compute device are allocated there, all at
+start.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ class Residence:
         return sum(slot.tensor.nbytes for pool in pools for slot in pool.slots)
 
     def weight_slot(self, chunk: Chunk, *, demand: bool) -> Slot | None:
-        """A host slot for a chunk's weights, or None. Without `demand` only from a later-needed chunk."""
+        """A host slot for a chunk's weights, or None. Without `demand` only from a later-needed
+        chunk.
+        """
         pool = self._weight_pools[chunk.spec.index]
         slot = pool.acquire(chunk.name)
         if slot is not None:

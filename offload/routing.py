@@ -1,8 +1,8 @@
 """Finds the engine of a parameter, and routes torch.nn.utils' gradient clipping to it.
 
-[Note: routing] Gradients leave Parameter.grad as they land, so clip_grad_norm_ would see none and clip nothing,
-without a word. While a model is offloaded its two helpers are replaced: they are looked up at call time, so it
-works too where user code imported clip_grad_norm_ before.
+[Note: routing] Gradients leave Parameter.grad as they land, so clip_grad_norm_ would see none and
+clip nothing, without a word. While a model is offloaded its two helpers are replaced: they are
+looked up at call time, so it works too where user code imported clip_grad_norm_ before.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def _refuse_foreign_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: An
     for group in optimizer.param_groups:
         if any(owner_of(param) is not None for param in group["params"]):
             raise StateError(
-                f"{type(optimizer).__name__}.step() on offloaded parameters would train nothing, because their "
+                f"{type(optimizer).__name__}.step() on offloaded parameters would train nothing, "
+                "because their "
                 "gradients and state are in the tiers. Use offload.AdamW(model.parameters(), ...)."
             )
 
@@ -114,7 +115,8 @@ def _route_norm(original: Any) -> Any:
         tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         holders = [owner for owner in _owners if owner.has_gradients()]
         if tensors or not holders:
-            return original(tensors, norm_type, error_if_nonfinite, foreach)  # type: ignore[no-any-return]
+            plain: torch.Tensor = original(tensors, norm_type, error_if_nonfinite, foreach)
+            return plain
         if len(holders) > 1:
             raise StateError(
                 "clip_grad_norm_ with two offloaded models: use engine.clip_grad_norm_(params)."
@@ -145,7 +147,7 @@ def _refuse_values(original: Any) -> Any:
         rows = list(tensors)
         if not any(rows) and any(owner.has_gradients() for owner in _owners):
             raise StateError(
-                "clip_grad_value_ does not work on offloaded parameters, whose gradients are in the tiers; "
+                "clip_grad_value_ does not work on offloaded gradients, which are in the tiers; "
                 "use torch.nn.utils.clip_grad_norm_ or engine.clip_grad_norm_."
             )
         return original(rows, *args, **kwargs)

@@ -1,6 +1,8 @@
-"""The order in which chunks are used, learned from the first step and followed after. Pure decisions, no effects.
+"""The order in which chunks are used, learned from the first step and followed after. Pure
+decisions, no effects.
 
-Static knowledge of the whole loop makes Belady's rule possible: evict the chunk whose next use is furthest away.
+Static knowledge of the whole loop makes Belady's rule possible: evict the chunk whose next use is
+furthest away.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ _MAX_RECORD = 1 << 20  # uses per step; a longer step keeps its first part
 
 
 class Schedule:
-    """A cyclic order of uses with a cursor. Any other order is followed by demand and recorded anew.
+    """A cyclic order of uses with a cursor. Any other order is followed by demand and recorded
+    anew.
 
     `guess` is the order before anything was recorded.
     """
@@ -76,14 +79,15 @@ def default_order(indices: Sequence[int]) -> list[int]:
 
 
 def count_loads(order: Iterable[int], num_slots: int) -> dict[int, int]:
-    """How often each chunk must be read in one cycle of `order` with `num_slots` slots under Belady's rule.
+    """How often each chunk must be read in one cycle of `order` with `num_slots` slots under
+    Belady's rule.
 
     The steady state: the slots start as the previous cycle left them.
     """
     order = list(order)
     resident: list[int] = []
     loads: dict[int, int] = {}
-    for cycle in range(2):
+    for _ in range(2):
         loads = dict.fromkeys(order, 0)
         for position, index in enumerate(order):
             if index in resident:

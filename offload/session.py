@@ -57,7 +57,8 @@ def plan_for(model: nn.Module, policy: OffloadPolicy) -> Plan:
 class Session:
     """An offloaded model. Use as a context manager; leaving it gives back an ordinary model.
 
-    Everything that a plain PyTorch loop does keeps working inside; the optimizer must be an offload one.
+    Everything that a plain PyTorch loop does keeps working inside; the optimizer must be an offload
+    one.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Session:
             self._abort(constructing=True)
             raise
 
-    # ---- construction ------------------------------------------------------------------------------
+    # ---- construction ----
 
     def _refuse_twice(self) -> None:
         if any(routing.owner_of(param) is not None for param in self.model.parameters()):
@@ -103,8 +104,10 @@ class Session:
         on_meta = [name for name, param in self.model.named_parameters() if param.is_meta]
         if on_meta and weights is None:
             raise StateError(
-                f"parameter {on_meta[0]} (and {len(on_meta) - 1} more) is on meta and no source of weights is given. "
-                "Pass weights='init' for the modules' own initialisers, or weights=<folder of safetensors>."
+                f"parameter {on_meta[0]} (and {len(on_meta) - 1} more) is on meta and no source of "
+                "weights is given. "
+                "Pass weights='init' for the modules' own initialisers, or weights=<folder of "
+                "safetensors>."
             )
 
     def _open_engine(self, parts: Partition, *, poison: bool) -> Engine:
@@ -113,7 +116,10 @@ class Session:
         nvme = self.policy.tiers.nvme
         if self.plan.uses_nvme and nvme is not None:
             backend, reason = choose_backend(nvme.io)
-            logger.info("I/O backend %s: %s", backend, reason)
+            fell_back = nvme.io == "auto" and backend != "uring"
+            logger.log(
+                logging.WARNING if fell_back else logging.INFO, "I/O: %s: %s", backend, reason
+            )
             store = ChunkStore(nvme.paths)
         slab = Slab(self.plan.slab_nbytes)
         try:
@@ -169,10 +175,12 @@ class Session:
     def _weight_of(self, param: torch.Tensor) -> torch.Tensor:
         return self._planes.weight(*self._chunk_of(param))
 
-    # ---- the loop ----------------------------------------------------------------------------------
+    # ---- the loop ----
 
     def attach(self, optimizer: Any) -> None:
-        """Called by an offload optimizer for itself; a later optimizer takes the place of an earlier one."""
+        """Called by an offload optimizer for itself; a later optimizer takes the place of an
+        earlier one.
+        """
         self._optimizer = optimizer
         self.gradients.ops_of = self._eager_ops
 
@@ -207,7 +215,9 @@ class Session:
         self._captured = None
 
     def _step_small(self, small: Sequence[Chunk], updates: dict[int, bytes]) -> None:
-        """[Note: small chunk] Norms and biases stay bound between uses, so they are updated here and now."""
+        """[Note: small chunk] Norms and biases stay bound between uses, so they are updated here
+        and now.
+        """
         for chunk in small:
             index = chunk.spec.index
             self._engine.leave(index)
@@ -218,12 +228,16 @@ class Session:
     def _check_captured(self) -> None:
         if self._captured is not None and self._captured != self._optimizer.hyperparameters():
             raise StateError(
-                "hyperparameters changed between backward() and step(); optimizer.update eager captured them in "
-                "backward(). Call the scheduler after optimizer.step(), or set optimizer.update: deferred."
+                "hyperparameters changed between backward() and step(); optimizer.update eager "
+                "captured them in "
+                "backward(). Call the scheduler after optimizer.step(), or set optimizer.update: "
+                "deferred."
             )
 
     def _choose_update_mode(self) -> None:
-        """`auto`: after the first step it is known whether anything needs the whole gradient before an update."""
+        """`auto`: after the first step it is known whether anything needs the whole gradient before
+        an update.
+        """
         if self.policy.optimizer.update != "auto" or self.gradients.mode_chosen:
             return
         self.gradients.mode_chosen = True
@@ -250,7 +264,9 @@ class Session:
     def clip_grad_norm_(
         self, params: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
     ) -> torch.Tensor:
-        """Scale the landed gradients of `params` so that their 2-norm is at most max_norm; return the norm (fp32)."""
+        """Scale the landed gradients of `params` so that their 2-norm is at most max_norm; return
+        the norm (fp32).
+        """
         members = [params] if isinstance(params, torch.Tensor) else list(params)
         total = self.total_norm(norm_type, members)
         self._scale(members, max_norm, total)
@@ -273,7 +289,8 @@ class Session:
         if missing:
             index, position = min(missing)
             raise StateError(
-                f"clip_grad_norm_ on a part of the parameters (without {self._engine.chunks[index].spec.params[position].name}): "
+                "clip_grad_norm_ on a part of the parameters (without "
+                f"{self._engine.chunks[index].spec.params[position].name}): "
                 "use engine.clip_grad_norm_(params, max_norm)."
             )
         self._scale(params, max_norm, total)
@@ -285,14 +302,15 @@ class Session:
             return
         if self.gradients.anything_updated:
             raise StateError(
-                f"clip_grad_norm_: the norm {float(total):.6g} is above {max_norm}, but optimizer.update eager has "
+                f"clip_grad_norm_: the norm {float(total):.6g} is above {max_norm}, but "
+                "optimizer.update eager has "
                 "applied gradients already. Set optimizer.update: deferred to clip."
             )
         for param in params:
             place = self._places[id(param)]
             self._scales[place] = self._scales.get(place, 1.0) * coefficient
 
-    # ---- Owner: what routing asks ------------------------------------------------------------------
+    # ---- Owner: what routing asks ----
 
     def owns(self, param: torch.Tensor) -> bool:
         return id(param) in getattr(self, "_places", {})
@@ -304,7 +322,7 @@ class Session:
         places = [self._places[id(param)] for param in params]
         return [self._engine.chunks[index].num_steps[position] for index, position in places]
 
-    # ---- looking inside ----------------------------------------------------------------------------
+    # ---- looking inside ----
 
     def _chunk_of(self, param: torch.Tensor) -> tuple[Chunk, int]:
         index, position = self._places[id(param)]
@@ -317,7 +335,7 @@ class Session:
         raise StateError(f"the model has no parameter named {name!r}.")
 
     def grad(self, name: str) -> torch.Tensor:
-        """A copy of the gradient that has landed for a parameter since the last step, on the CPU."""
+        """A copy of the gradient that landed for a parameter since the last step, on the CPU."""
         return self.gradients.grad(*self._find(name))
 
     def state(self, name: str) -> dict[str, torch.Tensor]:
@@ -344,7 +362,8 @@ class Session:
 
     @contextlib.contextmanager
     def gathered(self, what: nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> Iterator[None]:
-        """Have real weights outside of forward, to read or to write; what was written goes back to the tiers.
+        """Have real weights outside of forward, to read or to write; what was written goes back to
+        the tiers.
 
         Memory: two copies of the weights of every chunk that is touched, beside the slab.
         """
@@ -374,11 +393,12 @@ class Session:
         room = max(self.policy.tiers.cpu.budget - self.plan.slab_nbytes, 0)
         if needed > room and needed > machine.memory_available() // 2:
             raise StateError(
-                f"state_dict() needs {format_nbytes(needed)} beside the slab, which RAM does not have. "
+                f"state_dict() needs {format_nbytes(needed)} beside the slab, which RAM does not "
+                "have. "
                 "Use engine.export(folder), which streams."
             )
 
-    # ---- ends --------------------------------------------------------------------------------------
+    # ---- ends ----
 
     def __enter__(self) -> Session:
         self._check_open()
@@ -400,7 +420,9 @@ class Session:
             raise StateError("this engine is closed; offload the model again.")
 
     def close(self) -> None:
-        """Finish updates, give the weights back to the model where RAM allows, remove the files. Idempotent."""
+        """Finish updates, give the weights back to the model where RAM allows, remove the files.
+        Idempotent.
+        """
         if self._closed:
             return
         try:
@@ -412,8 +434,9 @@ class Session:
     def _abort(self, *, constructing: bool = False) -> None:
         """After an exception: keep what can be kept, and leave no thread, file or lock behind.
 
-        After an I/O error in training some planes may be half written, so the weights stay away. While the
-        model is still moving in, what has moved can be read back, and the rest has not left.
+        After an I/O error in training some planes may be half written, so the weights stay away.
+        While the model is still moving in, what has moved can be read back, and the rest has not
+        left.
         """
         if self._closed:
             return

@@ -1,7 +1,8 @@
-"""One host allocation, carved into named arenas and fixed slots. Nothing else allocates host memory on the hot path.
+"""One host allocation, carved into named arenas and fixed slots. Nothing else allocates host memory
+on the hot path.
 
-The slab is anonymous memory on 2 MiB pages: the drive's requests are then not split at every 4 KiB page
-(2.4x reads and 2.5x writes on a virtio disk), and a CUDA device registers it once.
+The slab is anonymous memory on 2 MiB pages: the drive's requests are then not split at every 4 KiB
+page (2.4x reads and 2.5x writes on a virtio disk), and a CUDA device registers it once.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Region:
 
 
 class Slab:
-    """Owns the mapping. `carve` hands out regions in order and never takes one back before `close`."""
+    """Owns the mapping. `carve` hands out regions in order and never takes one back."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = round_up(max(nbytes, HUGE_PAGE_NBYTES), HUGE_PAGE_NBYTES)
@@ -56,7 +57,9 @@ class Slab:
         )
 
     def carve(self, name: str, nbytes: int) -> Region:
-        """Take the next `nbytes`, which must start and end on a 4 KiB boundary, and book them to arena `name`."""
+        """Take the next `nbytes`, which must start and end on a 4 KiB boundary, and book them to
+        arena `name`.
+        """
         if nbytes % mmap.PAGESIZE:
             raise StateError(f"arena {name}: {nbytes} bytes is not a multiple of {mmap.PAGESIZE}.")
         start = self._used_nbytes
@@ -70,7 +73,9 @@ class Slab:
         return Region(name, self.address + start, nbytes, self.tensor[start : start + nbytes])
 
     def populate(self) -> None:
-        """Touch every page now: first touches are slow, and a machine short of memory should say so at start."""
+        """Touch every page now: first touches are slow, and a machine short of memory should say so
+        at start.
+        """
         try:
             self._mapping.madvise(_POPULATE_WRITE)
         except (OSError, ValueError):
@@ -81,7 +86,9 @@ class Slab:
         return {**self.arenas, "unused": self.nbytes - self._used_nbytes}
 
     def close(self) -> None:
-        """Give the pages back. Tensors that still view the slab keep the mapping, but read zeros. Idempotent."""
+        """Give the pages back. Tensors that still view the slab keep the mapping, but read zeros.
+        Idempotent.
+        """
         if self._mapping.closed:
             return
         _advise(self._mapping, mmap.MADV_DONTNEED)

@@ -1,7 +1,7 @@
 """The swap files of a run: one per NVMe path, preallocated, locked against a second run.
 
-Planes are striped over all paths, so several drives need no RAID. A file is made whole before training
-starts: a full disk is an error then, not later.
+Planes are striped over all paths, so several drives need no RAID. A file is made whole before
+training starts: a full disk is an error then, not later.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Extent:
 
 
 class ChunkStore:
-    """Owns the swap files. `allocate` plans extents; `open` makes the files real; `close` removes them."""
+    """Owns the swap files. `allocate` plans extents; `open` makes the files real; `close` removes
+    them.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
@@ -64,11 +66,13 @@ class ChunkStore:
     def open(self, budget_nbytes: int | None) -> None:
         """Lock the paths and preallocate the files.
 
-        Raises BudgetError over budget, StateError where another run holds a path, StorageError for the rest.
+        Raises BudgetError over budget, StateError where another run holds a path, StorageError for
+        the rest.
         """
         if budget_nbytes is not None and self.nbytes > budget_nbytes:
             raise BudgetError(
-                f"the swap files need {self.nbytes} bytes, tiers.nvme.budget allows {budget_nbytes}. "
+                f"the swap files need {self.nbytes} bytes, tiers.nvme.budget allows "
+                f"{budget_nbytes}. "
                 f"Raise tiers.nvme.budget to at least {self.nbytes}, or raise tiers.cpu.budget."
             )
         try:
@@ -110,7 +114,7 @@ class ChunkStore:
 
 
 def _lock(path: Path) -> int:
-    """Take the path's lock; the lock dies with the process, so a stale one never stands in the way."""
+    """Take the path's lock. It dies with the process: a stale one never stands in the way."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         fd = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -163,7 +167,8 @@ def _open_direct(path: Path, flags: int) -> int:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
         logger.warning(
-            "%s: this file system has no direct I/O; transfers go through the page cache, which costs "
+            "%s: this file system has no direct I/O; transfers go through the page cache, which "
+            "costs "
             "memory outside the budget and CPU time for the copies", path,
         )  # fmt: skip
         return os.open(path, flags, 0o600)
@@ -191,7 +196,8 @@ def _creation_error(error: OSError, path: Path, nbytes: int) -> StorageError:
     if code == errno.ENOSPC:
         free = machine.free_nbytes(path.parent)
         remedy = (
-            f"The run needs {nbytes} bytes there and {free} are free. Free space, name more or other "
+            f"The run needs {nbytes} bytes there and {free} are free. Free space, name more or "
+            "other "
             "paths in tiers.nvme.paths, or raise tiers.cpu.budget."
         )
         return StorageError(code, "preallocating", path=str(path), remedy=remedy)

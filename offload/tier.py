@@ -3,9 +3,10 @@
 [Note: residency]
 NVME --fetch--> READING --> CPU --h2d--> UPLOADING --> GPU
 CPU or NVME --update--> UPDATING --> CPU or NVME
-GPU --evict--> CPU, CPU --evict--> NVME: both are clean drops, because only an Update changes weights,
-and an Update writes what it changes. A chunk whose weight plane is pinned in RAM rests in CPU, never in NVME.
-On a machine without an accelerator compute reads the CPU copy, and UPLOADING and GPU do not occur.
+GPU --evict--> CPU, CPU --evict--> NVME: both are clean drops, because only an Update changes
+weights, and an Update writes what it changes. A chunk whose weight plane is pinned in RAM rests in
+CPU, never in NVME. On a machine without an accelerator compute reads the CPU copy, and UPLOADING
+and GPU do not occur.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Moves between tiers as values, and the compute devices they go to. Only this file touches streams and events.
+"""Moves between tiers as values, and the compute devices they go to. Only this file touches streams
+and events.
 
 [Note: stand-in device]
-A machine without a GPU runs the same transfer code over StandinDevice: its memory is ordinary host memory that
-only its copy threads write, in order per stream, with events. Chaos tests delay every copy at random, so that a
-missing wait shows as a wrong hash here, long before a real GPU would show it once in a thousand steps.
+A machine without a GPU runs the same transfer code over StandinDevice: its memory is ordinary host
+memory that only its copy threads write, in order per stream, with events. Chaos tests delay every
+copy at random, so that a missing wait shows as a wrong hash here, long before a real GPU would show
+it once in a thousand steps.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -26,8 +28,9 @@ from offload.tier import DeviceEvent, Link
 class Transfer:
     """An in-flight move. Holds what must stay alive, and what to do once it is done.
 
-    `finish(result, fd, offset)` runs in the engine's poll, never in a native thread. `event` is set for device
-    copies, whose end is asked for; NVMe moves and updates end with a completion of their tag.
+    `finish(result, fd, offset)` runs in the engine's poll, never in a native thread. `event` is set
+    for device copies, whose end is asked for; NVMe moves and updates end with a completion of their
+    tag.
     """
 
     tag: int
@@ -101,23 +104,26 @@ class HostDevice:
 
 
 class CudaDevice:
-    """A CUDA device: one stream per direction beside the compute stream, the slab registered once."""
+    """A CUDA device: one stream per direction beside compute; the slab is registered once."""
 
     is_host = False
 
     def __init__(self, index: int) -> None:
         self.torch_device = torch.device("cuda", index)
-        self._h2d_stream = torch.cuda.Stream(self.torch_device)
-        self._d2h_stream = torch.cuda.Stream(self.torch_device)
+        cuda: Any = torch.cuda  # untyped in part
+        self._cuda = cuda
+        self._h2d_stream = cuda.Stream(self.torch_device)
+        self._d2h_stream = cuda.Stream(self.torch_device)
         self._registered: int | None = None
 
     def register(self, slab: Slab) -> None:
         # cudaHostRegister on our own mapping: torch's pinned allocator rounds up to powers of two.
-        code = torch.cuda.cudart().cudaHostRegister(slab.address, slab.nbytes, 0)
+        code = self._cuda.cudart().cudaHostRegister(slab.address, slab.nbytes, 0)
         if int(code) != 0:
             raise PolicyError(
                 f"CUDA refuses to pin {slab.nbytes} bytes of host memory (error {int(code)}); "
-                "lower tiers.cpu.budget, raise `ulimit -l`, or set tiers.cpu.pin: false for fewer pinned planes."
+                "lower tiers.cpu.budget, raise `ulimit -l`, or set tiers.cpu.pin: false for fewer "
+                "pinned planes."
             )
         self._registered = slab.address
 
@@ -131,27 +137,30 @@ class CudaDevice:
             if after is not None:
                 self._h2d_stream.wait_event(after)
             target.copy_(source, non_blocking=True)
-            return self._h2d_stream.record_event()
+            event: DeviceEvent = self._h2d_stream.record_event()
+            return event
 
     def d2h(self, target: torch.Tensor, source: torch.Tensor) -> DeviceEvent:
-        self._d2h_stream.wait_stream(torch.cuda.current_stream(self.torch_device))
+        self._d2h_stream.wait_stream(self._cuda.current_stream(self.torch_device))
         with torch.cuda.stream(self._d2h_stream):
             target.copy_(source, non_blocking=True)
             source.record_stream(self._d2h_stream)
-            return self._d2h_stream.record_event()
+            event: DeviceEvent = self._d2h_stream.record_event()
+            return event
 
     def compute_event(self) -> DeviceEvent | None:
-        return torch.cuda.current_stream(self.torch_device).record_event()
+        event: DeviceEvent = self._cuda.current_stream(self.torch_device).record_event()
+        return event
 
     def compute_waits(self, event: DeviceEvent) -> None:
-        torch.cuda.current_stream(self.torch_device).wait_event(event)
+        self._cuda.current_stream(self.torch_device).wait_event(event)
 
     def close(self) -> None:
         self._h2d_stream.synchronize()
         self._d2h_stream.synchronize()
         if self._registered is not None:
-            torch.cuda.synchronize(self.torch_device)
-            torch.cuda.cudart().cudaHostUnregister(self._registered)
+            self._cuda.synchronize(self.torch_device)
+            self._cuda.cudart().cudaHostUnregister(self._registered)
             self._registered = None
 
 
@@ -257,7 +266,8 @@ def make_device(requested: str) -> Device:
     index = int(requested.partition(":")[2] or 0)
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         raise PolicyError(
-            f"tiers.gpu.device is {requested}, but torch sees {torch.cuda.device_count()} CUDA devices. "
+            f"tiers.gpu.device is {requested}, but torch sees {torch.cuda.device_count()} CUDA "
+            "devices. "
             "Set it to auto to compute on the CPU."
         )
     return CudaDevice(index)

@@ -1,6 +1,7 @@
 """Typed face of the native update worker, and the records that tell it what to do.
 
-The worker streams a chunk's planes tile by tile (read, kernel, write) on its own thread without the GIL.
+The worker streams a chunk's planes tile by tile (read, kernel, write) on its own thread without the
+GIL.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def pack_ops(ops: Sequence[AdamWOp]) -> bytes:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlaneArgument:
-    """How the worker reaches one plane: RAM address (0: through its tiles), and extents to read and write."""
+    """How the worker reaches one plane: RAM address (0: through its tiles), and extents to read and
+    write.
+    """
 
     address: int
     read: list[tuple[int, int, int]] | None = None

@@ -74,8 +74,9 @@ def tiny_units() -> Iterator[None]:
 
 
 def native_threads() -> set[int]:
-    """Kernel thread ids of this process, those of the extension included."""
-    return {int(name) for name in os.listdir("/proc/self/task")}
+    """Kernel ids of this process's threads, those of the extension included; not tqdm's."""
+    monitors = {t.native_id for t in threading.enumerate() if t.name == "tqdm_monitor"}
+    return {int(name) for name in os.listdir("/proc/self/task")} - monitors
 
 
 def open_files() -> set[str]:

@@ -220,7 +220,7 @@ from zoo import ZOO
 from parity import make_policy
 import offload
 from pathlib import Path
-entry = ZOO["llama"]
+entry = ZOO["branch"]
 {body}
 """
 

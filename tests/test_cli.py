@@ -1,0 +1,125 @@
+"""The command line: fast to start, one message per error, honest exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from offload.cli import app
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "examples" / "tiny.yaml")
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def in_a_process(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_help_and_errors_in_the_file_need_no_torch(tmp_path: Path) -> None:
+    """torch takes seconds to import, and reads OMP_WAIT_POLICY when it is."""
+    assert in_a_process("import sys, offload.cli; print('torch' in sys.modules)") == "False"
+
+
+def test_openmp_threads_are_told_to_sleep_unless_the_user_says_otherwise() -> None:
+    code = (
+        "import os, sys, offload.cli; sys.argv = ['offload', '--version']\n"
+        "try: offload.cli.main()\nexcept SystemExit: print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    assert in_a_process(code).endswith("passive")
+    chosen = f"import os; os.environ['OMP_WAIT_POLICY'] = 'active'\n{code}"
+    assert in_a_process(chosen).endswith("active")
+
+
+def test_help_names_every_command() -> None:
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for command in ("finetune", "plan", "doctor"):
+        assert command in result.output
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert result.exit_code == 0 and result.output.startswith("offload ")
+
+
+def test_plan_shows_the_plan_and_trains_nothing(tmp_path: Path) -> None:
+    tiers = tmp_path / "tiers"
+    result = invoke("plan", TINY, "--set", f"tiers.nvme.paths=[{tiers}]")
+    assert result.exit_code == 0, result.output
+    assert "CPU slab" in result.output and "NVMe" in result.output
+    assert not tiers.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        (["train.steps=none"], 2, "train.steps: 'none' is not accepted"),
+        (["nonsense"], 2, "write key.path=value"),
+        (["train.step=1"], 2, "did you mean train.steps?"),
+        (["tiers.cpu.budget=64KiB"], 2, "tiers.cpu.budget"),
+        (["model.random.family=lama"], 2, "model.random.family"),
+    ],
+)
+def test_config_errors_are_one_message_and_exit_2(
+    changes: list[str], code: int, message: str
+) -> None:
+    pairs = [word for change in changes for word in ("--set", change)]
+    result = invoke("plan", TINY, *pairs)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+
+
+def test_a_missing_config_file_is_named() -> None:
+    result = invoke("finetune", "no/such.yaml")
+    assert result.exit_code == 2 and "no/such.yaml" in result.stderr
+
+
+def test_operating_errors_exit_1(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    config = yaml.safe_load(Path(TINY).read_text())
+    config["output"]["folder"] = str(tmp_path / "out")
+    config["tiers"]["nvme"]["paths"] = [str(blocked / "below")]
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(config))
+    result = invoke("finetune", str(path))
+    assert result.exit_code == 1, result.output
+    assert str(blocked) in result.stderr and "Traceback" not in result.stderr
+
+
+def test_debug_shows_where_an_error_arose() -> None:
+    result = invoke("plan", TINY, "--set", "train.steps=none", "--debug")
+    assert type(result.exception).__name__ == "PolicyError"
+
+
+def test_doctor_measures_a_folder_and_leaves_it_empty(tmp_path: Path) -> None:
+    result = invoke("doctor", str(tmp_path), str(tmp_path / "missing"))
+    assert result.exit_code == 0, result.output
+    for fact in ("cores", "memory", "io", "GB/s", "is no folder"):
+        assert fact in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_warns_of_memory_posing_as_a_drive(tmpfs_dir: Path) -> None:
+    result = invoke("doctor", str(tmpfs_dir))
+    assert "WARNING: files here live in memory" in result.output
+
+
+def test_doctor_says_why_a_folder_cannot_be_used(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    tmp_path.chmod(0o500)
+    result = invoke("doctor", str(tmp_path))
+    assert result.exit_code == 0 and "cannot be used" in result.output

@@ -1,0 +1,265 @@
+"""The swap files: extents apart and striped, space taken at start, one run per folder."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from parity import bits
+
+from offload import io, store
+from offload.errors import BudgetError, StateError, StorageError
+from offload.slots import Slab
+from offload.store import ALIGN_NBYTES, LOCK_NAME, SWAP_NAME, ChunkStore, Extent
+
+KIB = 1024
+
+
+def make_paths(directory: Path, num: int) -> list[Path]:
+    return [directory / f"drive{index}" for index in range(num)]
+
+
+def files_of(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.rglob("*") if path.is_file())
+
+
+# Extents
+
+
+@given(st.lists(st.integers(0, 300_000), max_size=12), st.integers(1, 4))
+def test_extents_are_apart_aligned_and_even(sizes: list[int], num_paths: int) -> None:
+    files = ChunkStore(make_paths(Path("drives"), num_paths))
+    taken: list[list[tuple[int, int]]] = [[] for _ in range(num_paths)]
+    for nbytes in sizes:
+        extent = files.allocate(nbytes)
+        assert extent.nbytes == nbytes
+        shares = [0] * num_paths
+        for index, offset, length in extent.pieces:
+            assert length > 0 and offset % ALIGN_NBYTES == 0
+            taken[index].append((offset, offset + length))
+            shares[index] += length
+        whole = [share for share in shares if share]
+        assert max(shares) * num_paths < nbytes + num_paths * ALIGN_NBYTES
+        assert all(share % ALIGN_NBYTES == 0 for share in whole[:-1])
+    for spans in taken:
+        spans.sort()
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert files.nbytes >= sum(sizes)
+    ends = [max((end for _, end in spans), default=0) for spans in taken]
+    assert sum(ends) <= files.nbytes < sum(ends) + num_paths * ALIGN_NBYTES
+
+
+def move(queue: io.IoQueue, op: int, files: ChunkStore, extent: Extent, address: int) -> None:
+    queue.submit(op, 1, files.io_segments(extent, address))
+    done = queue.wait(10.0)
+    assert [row.result for row in done] == [extent.nbytes]
+
+
+def test_planes_come_back_from_three_drives(nvme_dir: Path) -> None:
+    """Each plane reads back whole, whatever was written around it, and lies where its extent says."""
+    paths, sizes = make_paths(nvme_dir, 3), [40 * KIB, 4 * KIB, 1000 * KIB, 12 * KIB]
+    files = ChunkStore(paths)
+    extents = [files.allocate(nbytes) for nbytes in sizes]
+    files.open(None)
+    queue, slab = io.IoQueue("threads"), Slab(2 << 20)
+    buffer = slab.carve("buffer", 2 << 20).tensor
+    contents = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in sizes]
+    for extent, content in zip(extents, contents, strict=True):
+        buffer[: content.numel()].copy_(content)
+        move(queue, io.WRITE, files, extent, buffer.data_ptr())
+    for extent, content in reversed(list(zip(extents, contents, strict=True))):
+        buffer.fill_(0xFF)
+        move(queue, io.READ, files, extent, buffer.data_ptr())
+        assert bits(buffer[: content.numel()]) == bits(content)
+        assert bool((buffer[content.numel() :] == 0xFF).all())
+    assert [len(extent.pieces) for extent in extents] == [3, 1, 3, 3]
+    raw = b""
+    for index, offset, nbytes in extents[2].pieces:
+        raw += (paths[index] / SWAP_NAME).read_bytes()[offset : offset + nbytes]
+    assert raw == contents[2].numpy().tobytes()
+    queue.close()
+    files.close()
+    slab.close()
+
+
+def test_segments_agree(nvme_dir: Path) -> None:
+    """The update worker's view of an extent is the queue's, without addresses."""
+    files = ChunkStore(make_paths(nvme_dir, 3))
+    extent = files.allocate(100 * KIB)
+    files.open(None)
+    rows = files.io_segments(extent, 1 << 30)
+    assert [(fd, offset, nbytes) for fd, offset, _, nbytes in rows] == files.segments(extent)
+    starts = [address - (1 << 30) for _, _, address, _ in rows]
+    assert starts == [sum(row[3] for row in rows[:index]) for index in range(len(rows))]
+    files.close()
+
+
+# Opening and closing
+
+
+def test_files_have_their_space_from_the_start(nvme_dir: Path) -> None:
+    paths = make_paths(nvme_dir, 2)
+    files = ChunkStore(paths)
+    for nbytes in (3 << 20, 8 * KIB):
+        files.allocate(nbytes)
+    files.open(None)
+    status = [(path / SWAP_NAME).stat() for path in paths]
+    assert sum(row.st_size for row in status) == files.nbytes
+    assert all(row.st_blocks * 512 >= row.st_size for row in status)
+    files.close()
+    files.close()
+    assert files_of(nvme_dir) == []
+
+
+def test_the_budget_is_exact(nvme_dir: Path) -> None:
+    files = ChunkStore(make_paths(nvme_dir, 2))
+    files.allocate(100 * KIB)
+    with pytest.raises(BudgetError) as refused:
+        files.open(files.nbytes - 1)
+    assert f"to at least {files.nbytes}," in str(refused.value)
+    assert files_of(nvme_dir) == []
+    files.open(files.nbytes)
+    files.close()
+
+
+def test_a_store_without_extents_still_takes_its_folder(nvme_dir: Path) -> None:
+    files, second = ChunkStore([nvme_dir]), ChunkStore([nvme_dir])
+    files.open(None)
+    with pytest.raises(StateError, match=f"pid {os.getpid()}"):
+        second.open(None)
+    files.close()
+    second.open(None)
+    second.close()
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from offload.store import ChunkStore
+files = ChunkStore([Path(path) for path in sys.argv[1:]])
+files.allocate(1 << 20)
+files.open(None)
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_process_keeps_its_folder_until_it_dies(nvme_dir: Path) -> None:
+    """The refusal names the holder and touches nothing; what a killed run left is taken over."""
+    mine, theirs = make_paths(nvme_dir, 2)
+    command = [sys.executable, "-c", HOLDER, str(theirs)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "open\n"
+        files = ChunkStore([mine, theirs])
+        files.allocate(64 * KIB)
+        with pytest.raises(StateError, match=rf"drive1 is in use .*pid {holder.pid}\)"):
+            files.open(None)
+        assert files_of(mine) == [] and files_of(theirs) == [LOCK_NAME, SWAP_NAME]
+        assert (theirs / SWAP_NAME).stat().st_size == 1 << 20
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    assert files_of(theirs) == [LOCK_NAME, SWAP_NAME]
+    files.open(None)
+    assert (theirs / LOCK_NAME).read_text() == f"{os.getpid()}\n"
+    assert (theirs / SWAP_NAME).stat().st_size == 32 * KIB
+    files.close()
+    assert files_of(nvme_dir) == []
+
+
+def test_a_lock_file_that_its_holder_removes_is_no_lock(
+    nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the file and locking it, its last holder may have removed it: lock the new one."""
+    calls, flock = [], fcntl.flock
+
+    def late_flock(fd: int, how: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            (nvme_dir / LOCK_NAME).unlink()
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", late_flock)
+    files = ChunkStore([nvme_dir])
+    files.open(None)
+    monkeypatch.undo()
+    assert len(calls) == 2
+    with pytest.raises(StateError, match="in use by another run"):
+        ChunkStore([nvme_dir]).open(None)
+    files.close()
+
+
+# Failures
+
+
+def test_a_missing_folder_is_made(nvme_dir: Path) -> None:
+    path = nvme_dir / "a" / "b"
+    files = ChunkStore([path])
+    files.open(None)
+    assert files_of(path) == [LOCK_NAME, SWAP_NAME]
+    files.close()
+
+
+@pytest.mark.parametrize("code", ["EROFS", "EACCES", "ENOSPC", "EIO"])
+@pytest.mark.parametrize("call", ["open", "posix_fallocate"])
+def test_a_drive_that_refuses_is_named(
+    call: str, code: str, nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two drives fails: the error has its path and a remedy, the first is left clean."""
+    number = getattr(store.errno, code)
+    good, bad = make_paths(nvme_dir, 2)
+    original = getattr(os, call)
+
+    def refuse(target: object, *args: int) -> object:
+        name = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+        if str(bad) in name:
+            raise OSError(number, os.strerror(number))
+        return original(target, *args)
+
+    files = ChunkStore([good, bad])
+    files.allocate(64 * KIB)
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(StorageError) as failed:
+        files.open(None)
+    monkeypatch.undo()
+    assert failed.value.errno == number and str(bad) in failed.value.path
+    assert code in str(failed.value) and "tiers.nvme.paths" in str(failed.value) or code == "EIO"
+    if code == "ENOSPC" and call == "posix_fallocate":
+        assert f"needs {32 * KIB} bytes there and " in str(failed.value)
+    assert files_of(nvme_dir) == []
+    files.open(None)
+    files.close()
+
+
+def test_a_file_system_that_cannot_preallocate_is_used_with_a_warning(
+    nvme_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(fd: int, offset: int, nbytes: int) -> None:
+        raise OSError(store.errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    files = ChunkStore([nvme_dir])
+    files.allocate(1 << 20)
+    files.open(None)
+    assert (nvme_dir / SWAP_NAME).stat().st_size == 1 << 20
+    assert "cannot preallocate" in caplog.text
+    files.close()
+
+
+def test_an_error_knows_its_file(nvme_dir: Path) -> None:
+    files = ChunkStore(make_paths(nvme_dir, 2))
+    extent = files.allocate(16 * KIB)
+    files.open(None)
+    fd = files.segments(extent)[1][0]
+    error = files.error(5, "reading", fd, 8192, "layers.3")
+    assert isinstance(error, StorageError)
+    assert (error.errno, error.offset, error.chunk) == (5, 8192, "layers.3")
+    assert error.path == str(nvme_dir / "drive1" / SWAP_NAME)
+    assert files.error(5, "reading", -1, -1, "layers.3").path == "?"
+    files.close()

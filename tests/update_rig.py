@@ -1,0 +1,253 @@
+"""What the tests of the update worker share: chunks in memory and in files, and their twins."""
+
+import contextlib
+import dataclasses
+import itertools
+import mmap
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import twins
+from twins import AdamWOp
+
+from offload import _native
+
+PLANES = ("weight", "residue", "exp_avg", "exp_avg_sq", "grad", "grad_lo")
+STATE = PLANES[:4]
+DTYPES = {
+    0: dict(zip(PLANES, (np.float32, None, np.float32, np.float32, np.float32, None), strict=True)),
+    1: dict(
+        zip(PLANES, (np.uint16, np.uint16, np.float32, np.float32) + (np.uint16,) * 2, strict=True)
+    ),
+}
+FP32, EXACT = 0, 1
+PAGE = 4096
+
+Segments = list[tuple[int, int, int]]
+
+
+def pages(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Zeroed memory on a page boundary, as direct I/O wants it."""
+    return np.frombuffer(mmap.mmap(-1, -(-nbytes // PAGE) * PAGE), np.uint8)[:nbytes]
+
+
+def aligned_copy(array: npt.NDArray) -> npt.NDArray:
+    copy = pages(array.nbytes).view(array.dtype)
+    copy[:] = array
+    return copy
+
+
+@contextlib.contextmanager
+def pipeline(
+    backend: str, *, num_tiles: int = 3, tile_numel: int = 4096, isa: str = "auto"
+) -> Iterator["_native.UpdatePipeline"]:
+    nbytes = _native.update_buffer_nbytes(num_tiles, tile_numel)
+    buffer = pages(nbytes)
+    buffer[:] = 0xFF
+    worker = _native.UpdatePipeline(
+        backend, 8, 64 << 10, num_tiles, tile_numel, buffer.ctypes.data, nbytes, isa
+    )
+    try:
+        yield worker
+    finally:
+        worker.close()
+
+
+def wait_for(worker: "_native.UpdatePipeline", count: int) -> list[tuple]:
+    """The completions of `count` jobs by tag; fails when there are more or they take too long."""
+    rows: list[tuple] = []
+    deadline = time.monotonic() + 60
+    while len(rows) < count and time.monotonic() < deadline:
+        rows += worker.wait(1.0)
+    assert len(rows) == count
+    assert worker.wait(0.01) == []
+    return sorted(rows)
+
+
+class Disk:
+    """Files opened for direct I/O, and extents of them handed out one after the other."""
+
+    def __init__(self, folder: Path, num_files: int) -> None:
+        self.fds = [
+            os.open(folder / f"swap{i}", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+            for i in range(num_files)
+        ]
+        self.ends = [0] * num_files
+
+    def allocate(self, nbytes: int, rng: np.random.Generator) -> Segments:
+        """Extents over all files in turn, of uneven lengths where there is more than one file."""
+        segments: Segments = []
+        for file in itertools.cycle(range(len(self.fds))):
+            if nbytes == 0:
+                return segments
+            most = nbytes // PAGE
+            taken = nbytes if len(self.fds) == 1 else PAGE * int(rng.integers(1, most + 1))
+            segments.append((self.fds[file], self.ends[file], taken))
+            self.ends[file] += taken + PAGE * int(rng.integers(0, 3))
+            nbytes -= taken
+        return segments
+
+    def write(self, segments: Segments, array: npt.NDArray) -> None:
+        data = aligned_copy(array.view(np.uint8))
+        for fd, offset, nbytes in segments:
+            assert os.pwrite(fd, data[:nbytes], offset) == nbytes
+            data = data[nbytes:]
+
+    def read(self, segments: Segments, dtype: npt.DTypeLike) -> npt.NDArray:
+        data = pages(sum(nbytes for _, _, nbytes in segments))
+        begin = 0
+        for fd, offset, nbytes in segments:
+            assert os.preadv(fd, [data[begin : begin + nbytes]], offset) == nbytes
+            begin += nbytes
+        return data.view(dtype)
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+
+
+@dataclasses.dataclass
+class Home:
+    """Where one plane is: in memory, in extents, or both; writes may go to other extents."""
+
+    memory: npt.NDArray | None
+    read: Segments | None
+    write: Segments | None
+
+    @property
+    def argument(self) -> tuple[int, Segments | None, Segments | None]:
+        return (0 if self.memory is None else self.memory.ctypes.data, self.read, self.write)
+
+
+# How a plane can be placed. The last one reads into memory and writes elsewhere.
+PLACES = ("ram", "file", "slot", "slot from file", "slot to file", "file to file")
+
+
+class Chunk:
+    """Random planes, where they are for the worker, and what the twins expect of them."""
+
+    def __init__(self, fmt: int, numel: int, rng: np.random.Generator, *, with_low: bool = True):
+        self.fmt, self.numel = fmt, numel
+        self.dtypes = {name: dtype for name, dtype in DTYPES[fmt].items() if dtype is not None}
+        if not with_low:
+            self.dtypes.pop("grad_lo", None)
+        self.expected = {name: self._random(name, rng) for name in self.dtypes}
+        self.homes: dict[str, Home] = {}
+
+    def _random(self, name: str, rng: np.random.Generator) -> npt.NDArray:
+        values = (rng.standard_normal(self.numel) * 10.0 ** rng.uniform(-6, 1)).astype(np.float32)
+        if name == "exp_avg_sq":
+            values *= values
+        if self.dtypes[name] == np.uint16:
+            return twins.split_fp32(values)[name in ("residue", "grad_lo")]
+        return values
+
+    def place(self, name: str, place: str, disk: Disk | None, rng: np.random.Generator) -> None:
+        """Put the plane's current content where `place` says."""
+        content = self.expected[name]
+        is_state = name in STATE
+        memory = read = write = None
+        if place != "ram" and disk is not None:
+            read = disk.allocate(content.nbytes, rng)
+            disk.write(read, content)
+            write = read
+            if place in ("file to file", "slot to file"):
+                write = disk.allocate(content.nbytes, rng)
+                disk.write(write, content)
+        if place == "ram":
+            memory = aligned_copy(content)
+        elif place.startswith("slot"):
+            memory = pages(content.nbytes).view(content.dtype)
+            memory[:] = 0xEE
+        if place == "slot from file" or not is_state:
+            write = None
+        if place == "slot to file":
+            read = None
+            memory[:] = content
+        self.homes[name] = Home(memory, read, write)
+
+    def place_all(self, place: str, disk: Disk | None, rng: np.random.Generator) -> None:
+        for name in self.dtypes:
+            self.place(name, place, disk, rng)
+
+    def submit(self, worker: "_native.UpdatePipeline", tag: int, ops: list[AdamWOp]) -> None:
+        """Submit the job, and let the twins do the same."""
+        planes = tuple(self.homes[n].argument if n in self.homes else None for n in PLANES)
+        worker.submit(tag, self.fmt, self.numel, planes, twins.pack_ops(ops))
+        e = self.expected
+        for op in ops:
+            if self.fmt == FP32:
+                twins.adamw_fp32(e["weight"], e["exp_avg"], e["exp_avg_sq"], e["grad"], op)
+            else:
+                twins.adamw_exact(
+                    e["weight"], e["residue"], e["exp_avg"], e["exp_avg_sq"], e["grad"],
+                    e.get("grad_lo"), op,
+                )  # fmt: skip
+
+    def check(self, disk: Disk | None, touched: npt.NDArray[np.bool_] | None = None) -> None:
+        """All that the worker should have written has the twins' bits, in memory and in files.
+
+        `touched`: elements of tiles with an op; a slot that is only read into holds nothing else.
+        """
+        for name, home in self.homes.items():
+            want = self.expected[name]
+            if home.memory is not None:
+                is_whole = touched is None or home.read is None or name == "weight"
+                part = slice(None) if is_whole else touched
+                assert home.memory[part].tobytes() == want[part].tobytes(), f"{name} in memory"
+            if home.write is not None:
+                got = disk.read(home.write, want.dtype)
+                assert got.tobytes() == want.tobytes(), f"{name} in its file"
+
+    def nbytes(self, touched: npt.NDArray[np.bool_]) -> tuple[int, int]:
+        """Bytes that the job must read and write, given the elements of tiles with an op."""
+        read = write = 0
+        for name, home in self.homes.items():
+            itemsize = np.dtype(self.dtypes[name]).itemsize
+            is_fetch = name == "weight" and home.memory is not None
+            numel = self.numel if is_fetch else int(touched.sum())
+            read += 0 if home.read is None else numel * itemsize
+            write += 0 if home.write is None else int(touched.sum()) * itemsize
+        return read, write
+
+
+def touched_by(ops: list[AdamWOp], numel: int, tile_numel: int) -> npt.NDArray[np.bool_]:
+    """Which elements are in a tile that some op touches."""
+    touched = np.zeros(numel, bool)
+    for begin in range(0, numel, tile_numel):
+        end = min(begin + tile_numel, numel)
+        if any(op.begin < end and op.end > begin for op in ops):
+            touched[begin:end] = True
+    return touched
+
+
+def random_ops(numel: int, rng: np.random.Generator, step: int = 1) -> list[AdamWOp]:
+    """Ranges with holes between them, some on tile boundaries, each with its hyperparameters."""
+    cuts = np.unique(np.concatenate([rng.integers(0, numel + 1, 6), [4096, numel // 4096 * 4096]]))
+    return [
+        AdamWOp(
+            begin=int(begin), end=int(end), step=step + i, lr=10.0 ** -(2 + i),
+            weight_decay=0.1 * (i % 2), maximize=i == 1, grad_scale=[1.0, 0.3][i % 2],
+        )
+        for i, (begin, end) in enumerate(itertools.pairwise(cuts))
+        if i % 3 != 2
+    ]  # fmt: skip
+
+
+def run_one(
+    backend: str, chunk: Chunk, ops: list[AdamWOp], disk: Disk | None, **options: int | str
+) -> None:
+    """Run one job and check every bit, every byte count and the completion."""
+    tile_numel = int(options.get("tile_numel", 4096))
+    touched = touched_by(ops, chunk.numel, tile_numel)
+    with pipeline(backend, **options) as worker:
+        chunk.submit(worker, 7, ops)
+        ((tag, result, fd, offset, read, write, seconds, kernel_seconds),) = wait_for(worker, 1)
+    assert (tag, result, fd, offset) == (7, 0, -1, 0)
+    assert (read, write) == chunk.nbytes(touched)
+    assert seconds > 0 and 0 <= kernel_seconds <= seconds
+    chunk.check(disk, touched)
