@@ -17,6 +17,7 @@ from offload.policy import policy_schema
 PAGE = Path(__file__).with_name("policy.md")
 WIDTH = 118
 
+
 def main() -> None:
     PAGE.write_text(render(PAGE.read_text()))
 

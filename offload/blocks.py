@@ -256,7 +256,7 @@ class _BlockCall:
         return [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
 
     def _pieces(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """The micro-batches. Tensors of two or more dimensions split where the first is the batch."""
+        """The micro-batches; tensors of 2 or more dimensions split where the first is the batch."""
         size = self.block.micro_batch
         num_rows = tensors[0].shape[0] if tensors and tensors[0].dim() > 1 else 0
         if size is None or num_rows <= size:

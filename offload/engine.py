@@ -25,6 +25,7 @@ from offload.errors import StateError
 from offload.formats import Plane
 from offload.inflight import Finish, InFlight
 from offload.io import IoQueue
+from offload.jobs import plane_arguments
 from offload.plan import Plan
 from offload.residence import Residence
 from offload.schedule import Schedule, default_order
@@ -34,7 +35,7 @@ from offload.store import ChunkStore, Extent
 from offload.tier import DeviceEvent, Link, Residency
 from offload.timeline import Timeline
 from offload.transfer import Device
-from offload.update import PlaneArgument, UpdatePipeline
+from offload.update import UpdatePipeline
 
 PREFETCH_DISTINCT = 4  # how many chunks ahead of use the engine looks for something to start
 _BUSY = (Residency.READING, Residency.UPLOADING, Residency.UPDATING)
@@ -319,7 +320,7 @@ class Engine:
             chunk.slot = self._weight_slot(chunk, demand=demand)
             if chunk.slot is None:
                 return False
-        planes = [self._argument(chunk, plane, fresh=fresh) for plane in Plane]
+        planes = plane_arguments(chunk, self.plan.fmt, self.store, fresh=fresh)
         update.started = True
         chunk.to(Residency.UPDATING)
         self._flight.start_update(
@@ -331,29 +332,6 @@ class Engine:
             self._finish_update(chunk),
         )
         return True
-
-    def _argument(self, chunk: Chunk, plane: Plane, *, fresh: bool) -> PlaneArgument | None:
-        if plane in (Plane.GRAD, Plane.GRAD_LO):
-            return self._grad_argument(chunk, plane)
-        if plane not in self.plan.fmt.state_planes:
-            return None
-        if plane in chunk.pinned:
-            return PlaneArgument(chunk.pinned[plane].address)
-        if self.store is None:
-            raise StateError(f"chunk {chunk.name}: plane {plane.value} has no home.")
-        segments = self.store.segments(chunk.extents[plane])
-        if plane is Plane.WEIGHT and chunk.slot is not None:
-            return PlaneArgument(chunk.slot.region.address, segments if fresh else None, segments)
-        return PlaneArgument(0, segments, segments)
-
-    def _grad_argument(self, chunk: Chunk, plane: Plane) -> PlaneArgument | None:
-        gradient = chunk.gradient
-        if gradient is None or (plane is Plane.GRAD_LO and not gradient.has_lo):
-            return None
-        if gradient.spilled and self.store is not None:
-            return PlaneArgument(0, self.store.segments(chunk.extents[plane]))
-        slot = gradient.hi if plane is Plane.GRAD else gradient.lo
-        return None if slot is None else PlaneArgument(slot.region.address)
 
     def _finish_update(self, chunk: Chunk) -> Finish:
         def finish(result: int, fd: int, offset: int) -> None:

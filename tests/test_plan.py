@@ -130,11 +130,11 @@ TILE_GROWS = pytest.mark.xfail(
 @pytest.mark.parametrize("tile_numel", [65536, pytest.param(1 << 20, marks=TILE_GROWS)])
 @pytest.mark.parametrize("nvme", [True, False])
 def test_the_budget_that_a_refusal_names_works(nvme: bool, tile_numel: int) -> None:
-    specs = even_specs(4, 1 << 20)
+    specs = even_specs(4, 10 << 20)
     policy = make_policy(ANYWHERE, tiers__cpu={"budget": MIB}, optimizer__tile_numel=tile_numel)
     if not nvme:
         policy["tiers"]["nvme"] = None
-    for budget in range(MIB, 80 * MIB, 3 * MIB):
+    for budget in range(MIB, 700 * MIB, 13 * MIB):
         policy["tiers"]["cpu"]["budget"] = budget
         try:
             make_plan(specs, FORMATS["exact"], load_policy(policy), host_compute=True)
