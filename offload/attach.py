@@ -70,9 +70,13 @@ class Attachment:
         the replay.
         """
         model: Any = self._model
-        if getattr(model, "is_gradient_checkpointing", False):
-            model.gradient_checkpointing_disable()
-            self._undo.append(model.gradient_checkpointing_enable)
+        for word in ("activation", "gradient"):  # the present name first: the old one warns
+            if getattr(model, f"is_{word}_checkpointing", None) is None:
+                continue
+            if getattr(model, f"is_{word}_checkpointing"):
+                getattr(model, f"{word}_checkpointing_disable")()
+                self._undo.append(getattr(model, f"{word}_checkpointing_enable"))
+            break
         config: Any = getattr(model, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False

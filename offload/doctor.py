@@ -53,7 +53,8 @@ def _openmp() -> str:
     if machine.openmp_may_spin():
         return (
             "idle OpenMP threads spin, which can slow a run down 4-6 times beside its I/O threads. "
-            "The command offload sets OMP_WAIT_POLICY=passive for itself; your own programs must."
+            "The command offload sets OMP_WAIT_POLICY=passive for itself, and an open engine stops "
+            "them; in other programs set it yourself."
         )
     return "idle OpenMP threads sleep, as they should"
 

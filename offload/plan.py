@@ -181,11 +181,13 @@ class _Planner:
         self.host_compute = host_compute
         self.budget = policy.tiers.cpu.budget
         self.has_nvme = policy.tiers.nvme is not None
+        self.may_pin = policy.tiers.cpu.pin is not False
+        self.num_gpu_slots = self._fit_gpu_slots()
         self.tile_numel = _tile_numel(specs, policy)
         self.small = frozenset((s.index, Plane.WEIGHT) for s in specs if s.is_small)
 
     def plan(self) -> Plan:
-        if self.policy.tiers.cpu.pin != False:  # noqa: E712  three values: auto, true, false
+        if self.may_pin or not self.has_nvme:
             everything = self._all_in_ram()
             if everything is not None:
                 return everything
@@ -197,7 +199,7 @@ class _Planner:
         if round_up(plan.slab_nbytes, HUGE_PAGE_NBYTES) > self.budget:
             raise self._refusal(plan.slab_nbytes, "with one slot per size class and nothing pinned")
         plan = self._grow_slots(plan)
-        return plan if self.policy.tiers.cpu.pin == False else self._pin(plan)  # noqa: E712
+        return self._pin(plan) if self.may_pin else plan
 
     def _refusal(self, nbytes: int, case: str) -> BudgetError:
         needed = round_up(nbytes, HUGE_PAGE_NBYTES)
@@ -300,14 +302,30 @@ class _Planner:
                     left -= nbytes
         return dataclasses.replace(plan, pinned=frozenset(pinned))
 
+    def _fit_gpu_slots(self) -> int:
+        """Weight slots per size class on the device: the target, or fewer to fit its budget."""
+        if self.host_compute:
+            return 0
+        sizes = [
+            (max(self.specs[i].nbytes(Plane.WEIGHT, self.fmt) for i in members), len(members))
+            for members in self._classes()
+        ]
+        budget = self.policy.tiers.gpu.budget
+        for count in range(WEIGHT_SLOTS_TARGET, 0, -1):
+            needed = sum(nbytes * min(count, members) for nbytes, members in sizes)
+            if budget is None or needed <= budget:
+                return count
+        raise BudgetError(
+            f"tiers.gpu.budget of {format_nbytes(budget or 0)} is too small: one weight slot per "
+            f"size class needs {format_nbytes(needed)}. Set tiers.gpu.budget to at least "
+            f"{-(-needed >> 20)}MiB."
+        )
+
     def _num_trainable(self, members: Sequence[int]) -> int:
         return sum(self.specs[i].trainable for i in members)
 
     def _pool(self, members: tuple[int, ...], *, weight: int, grad: int) -> PoolSpec:
         nbytes = max(self.specs[i].nbytes(Plane.WEIGHT, self.fmt) for i in members)
-        gpu = 0
-        if not self.host_compute:
-            gpu = min(WEIGHT_SLOTS_TARGET, len(members))
         return PoolSpec(
             name=self.specs[members[0]].name
             if len(members) == 1
@@ -316,7 +334,7 @@ class _Planner:
             members=members,
             num_weight_slots=weight,
             num_grad_slots=grad,
-            num_gpu_slots=gpu,
+            num_gpu_slots=min(self.num_gpu_slots, len(members)),
         )
 
     def _classes(self) -> list[tuple[int, ...]]:

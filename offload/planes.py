@@ -110,8 +110,8 @@ class PlaneReader:
     def give_back(self, chunk: Chunk, dtypes: dict[int, torch.dtype]) -> None:
         """Give a chunk's parameters their own memory again, in the dtypes that they came with."""
         wanted = {dtypes[id(param)] for param in chunk.params}
-        exact = torch.float32 in wanted
-        flat = self.master(chunk) if exact else self._read(chunk, Plane.WEIGHT)
+        as_computed = wanted == {self._engine.plan.fmt.weight_dtype}
+        flat = self._read(chunk, Plane.WEIGHT) if as_computed else self.master(chunk)
         for param, spec in zip(chunk.params, chunk.spec.params, strict=True):
             piece = flat[spec.offset : spec.offset + spec.numel].view(spec.shape)
             param.data = piece.to(dtypes[id(param)], copy=True)

@@ -134,14 +134,16 @@ class GpuPolicy(Section):
     )
     budget: Nbytes | None = Field(
         default=None,
-        description="a size above 0 that the GPU tier may hold, or null for what is free",
+        description="a size above 0: the most that the weight slots there may take; null: 3 per size",
     )
 
 
 class CpuPolicy(Section):
     """Host memory."""
 
-    budget: Nbytes = Field(description="a size above 0: the most host memory that the run may use")
+    budget: Nbytes = Field(
+        description="a size above 0: the most host memory that the tiers may use"
+    )
     pin: Literal["auto"] | bool = Field(
         default="auto",
         description="auto or true: planes rest in RAM as far as the budget goes; false: on NVMe",

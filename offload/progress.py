@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 NUM_PLAIN_LINES = 20  # at most, of a bar that is not on a terminal
-PLAIN_LINE_S = 2.0  # and not more often than this
+PLAIN_LINE_S = 5.0  # and not more often than this
 LABEL_WIDTH = 12
 
 

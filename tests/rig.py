@@ -20,7 +20,7 @@ from offload.formats import FORMATS
 from offload.io import choose_backend
 from offload.landing import Gradients
 from offload.plan import Plan, make_plan
-from offload.policy import load_policy
+from offload.policy import OffloadPolicy, load_policy
 from offload.slots import Slab
 from offload.store import ChunkStore
 from offload.timeline import Timeline
@@ -89,19 +89,21 @@ class Rig:
         return residence._weight_pools[0].num_free, residence._grad_pools[0].num_free
 
 
-def make_rig_plan(directory: Path, num_chunks: int, format: str, **changes: Any) -> Plan:
-    """A plan for equal chunks. `host_compute` and fields of the only pool may be among the changes."""
-    pool = {key: changes.pop(key) for key in ("num_gpu_slots",) if key in changes}
-    host = changes.pop("host_compute", True)
+def plan_rig(
+    policy: OffloadPolicy, num_chunks: int, *, is_host: bool, num_gpu_slots: int | None
+) -> Plan:
+    """A plan for equal chunks, all in one size class."""
     rows = [
-        [(f"c{i}.p{k}", torch.Size(s), True) for k, s in enumerate(SHAPES)]
+        [(f"c{i}.p{k}", torch.Size(shape), True) for k, shape in enumerate(SHAPES)]
         for i in range(num_chunks)
     ]
     specs = [make_spec(i, f"c{i}", row, is_block=True) for i, row in enumerate(rows)]
-    policy = load_policy(make_policy(directory, format=format, **changes))
     with small_units(1024):
-        plan = make_plan(specs, FORMATS[format], policy, host_compute=host)
-    return replace(plan, pools=tuple(replace(row, **pool) for row in plan.pools))
+        plan = make_plan(specs, FORMATS[policy.state.format], policy, host_compute=is_host)
+    if num_gpu_slots is None:
+        return plan
+    pools = tuple(replace(pool, num_gpu_slots=num_gpu_slots) for pool in plan.pools)
+    return replace(plan, pools=pools)
 
 
 @contextmanager
@@ -111,19 +113,19 @@ def make_rig(
     num_chunks: int = 3,
     format: str = "exact",
     device: Device | None = None,
-    seed: int = 0,
+    num_gpu_slots: int | None = None,
     **changes: Any,
 ) -> Iterator[Rig]:
     """An engine with filled chunks; freed slots are poisoned. `changes` go to the policy."""
     device = device or HostDevice()
-    plan = make_rig_plan(directory, num_chunks, format, host_compute=device.is_host, **changes)
-    generator = torch.Generator().manual_seed(seed)
+    policy = load_policy(make_policy(directory, format=format, **changes))
+    plan = plan_rig(policy, num_chunks, is_host=device.is_host, num_gpu_slots=num_gpu_slots)
+    generator = torch.Generator().manual_seed(0)
     masters = [[torch.randn(s, generator=generator) for s in SHAPES] for _ in plan.specs]
     chunks = [
         Chunk(spec, [nn.Parameter(m.clone()) for m in row])
         for spec, row in zip(plan.specs, masters, strict=True)
     ]
-    policy = load_policy(make_policy(directory, format=format, **changes))
     nvme = policy.tiers.nvme if plan.uses_nvme else None
     slab = Slab(plan.slab_nbytes)
     device.register(slab)

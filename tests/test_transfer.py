@@ -79,8 +79,9 @@ class LateCompute(StandinDevice):
     `damage` counts the slots whose bytes changed while compute could still have read them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compute_s: float) -> None:
         super().__init__(delay=lambda: 5e-4)
+        self.compute_s = compute_s
         self.slots: list[Tensor] = []
         self.damage = 0
         self.num_checked = 0
@@ -92,7 +93,7 @@ class LateCompute(StandinDevice):
 
     def compute_event(self) -> DeviceEvent | None:
         event = StandinEvent()
-        thread = threading.Thread(target=self._compute, args=(event,))
+        thread = threading.Thread(target=self._compute, args=(event, *self._read))
         self._threads.append(thread)
         thread.start()
         return event
@@ -101,9 +102,8 @@ class LateCompute(StandinDevice):
         """The compute that is submitted next reads this slot."""
         self._read = slot, slot.clone()
 
-    def _compute(self, event: StandinEvent) -> None:
-        slot, before = self._read
-        time.sleep(4e-3)
+    def _compute(self, event: StandinEvent, slot: Tensor, before: Tensor) -> None:
+        time.sleep(self.compute_s)
         self.num_checked += 1
         self.damage += not torch.equal(slot, before)
         event.set()
@@ -130,7 +130,7 @@ def use_chunks(device: LateCompute, directory: Path, order: list[int]) -> None:
 
 
 def test_a_slot_is_not_refilled_while_compute_reads_it(nvme_dir: Path) -> None:
-    device = LateCompute()
+    device = LateCompute(compute_s=0.01)
     use_chunks(device, nvme_dir, [0, 1, 2, 1, 0, 2, 0])
     assert device.num_checked == 7 and device.damage == 0
 
@@ -143,7 +143,7 @@ class Deaf(LateCompute):
 
 
 def test_a_device_that_does_not_wait_is_caught(nvme_dir: Path) -> None:
-    device = Deaf()
+    device = Deaf(compute_s=0.1)
     use_chunks(device, nvme_dir, [0, 1, 2, 1, 0])
     assert device.damage > 0
 
