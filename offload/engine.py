@@ -35,7 +35,7 @@ from offload.store import ChunkStore, Extent
 from offload.tier import DeviceEvent, Link, Residency
 from offload.timeline import Timeline
 from offload.transfer import Device
-from offload.update import UpdatePipeline
+from offload.update import UpdatePipeline, apply_in_ram
 
 PREFETCH_DISTINCT = 4  # how many chunks ahead of use the engine looks for something to start
 _BUSY = (Residency.READING, Residency.UPLOADING, Residency.UPDATING)
@@ -292,6 +292,20 @@ class Engine:
             for index in self.schedule.upcoming(len(self.chunks)):
                 if self.chunks[index].update is not None:
                     self.fetch(self.chunks[index], demand=False)
+
+    def update_in_place(self, index: int, ops: bytes) -> None:
+        """Update the small chunk here and now: it is little, it lies in RAM, and it stays bound."""
+        chunk = self.chunks[index]
+        on_device = not self.device.is_host
+        if on_device:
+            self.leave(index)
+            self.residence.drop_gpu(chunk)
+        arguments = plane_arguments(chunk, self.plan.fmt, self.store, fresh=False)
+        addresses = [0 if argument is None else argument.address for argument in arguments]
+        apply_in_ram(self.plan.fmt.native_code, chunk.spec.numel, addresses, ops)
+        self.release_gradient(chunk)
+        if on_device:
+            self.enter(index, record=False)
 
     def update_now(self, index: int, ops: bytes) -> None:
         """Start the update of a chunk whose gradient is complete (eager)."""

@@ -184,7 +184,9 @@ class _Planner:
         self.may_pin = policy.tiers.cpu.pin is not False
         self.num_gpu_slots = self._fit_gpu_slots()
         self.tile_numel = _tile_numel(specs, policy)
-        self.small = frozenset((s.index, Plane.WEIGHT) for s in specs if s.is_small)
+        self.small = frozenset(
+            (s.index, p) for s in specs if s.is_small for p in s.state_planes(fmt)
+        )
 
     def plan(self) -> Plan:
         if self.may_pin or not self.has_nvme:

@@ -134,7 +134,7 @@ class GpuPolicy(Section):
     )
     budget: Nbytes | None = Field(
         default=None,
-        description="a size above 0: the most that the weight slots there may take; null: 3 per size",
+        description="a size above 0: the most that weight slots there may take; null: 3 per size",
     )
 
 
@@ -208,7 +208,7 @@ class OptimizerPolicy(Section):
         "or deferred (overlaps the next forward)",
     )
     tile_numel: int = Field(
-        default=1048576,
+        default=524288,
         ge=TILE_ALIGN_NUMEL,
         le=TILE_NUMEL_MAX,
         multiple_of=TILE_ALIGN_NUMEL,

@@ -168,7 +168,7 @@ class Session:
         self._attachment.replace(self.model, "zero_grad", self._model_zero_grad)
         self._attachment.hook_state_dicts(self._check_state_dict_fits, self._weight_of)
         for chunk in self._engine.chunks:
-            if chunk.spec.is_small:  # stays bound: see [Note: small chunk]
+            if chunk.spec.is_small:  # stays bound: see [Note: small chunk] in partition.py
                 self._engine.enter(chunk.spec.index, record=False)
         routing.register(self)
 
@@ -202,8 +202,9 @@ class Session:
         landed = self.gradients.landed()
         self.gradients.check_finite(landed)
         updates = {chunk.spec.index: ops for chunk in landed if (ops := self._ops(chunk))}
-        small = [c for c in landed if c.spec.is_small and c.spec.index in updates]
-        self._step_small(small, updates)
+        for chunk in landed:  # norms and biases stay bound: see [Note: small chunk] in partition.py
+            if chunk.spec.is_small and chunk.spec.index in updates:
+                self._engine.update_in_place(chunk.spec.index, updates.pop(chunk.spec.index))
         self._engine.set_updates(updates)
         self._choose_update_mode()
         self.gradients.end_step()
@@ -213,17 +214,6 @@ class Session:
         self._scales.clear()
         self._clipped = False
         self._captured = None
-
-    def _step_small(self, small: Sequence[Chunk], updates: dict[int, bytes]) -> None:
-        """[Note: small chunk] Norms and biases stay bound between uses, so they are updated here
-        and now.
-        """
-        for chunk in small:
-            index = chunk.spec.index
-            self._engine.leave(index)
-            self._engine.set_updates({index: updates.pop(index)})
-            self._engine.finish_update(chunk, wait=True)
-            self._engine.enter(index, record=False)
 
     def _check_captured(self) -> None:
         if self._captured is not None and self._captured != self._optimizer.hyperparameters():

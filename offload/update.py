@@ -14,7 +14,7 @@ from offload import _native
 from offload.io import BLOCK_NBYTES, QUEUE_DEPTH
 from offload.slots import Region
 
-NUM_TILES = 3  # one being read, one computed, one written
+NUM_TILES = 6  # one computed, the others keep the drive busy both ways
 _OP = struct.Struct("<qqiidddddddq")
 KERNEL_ADAMW = 0
 FLAG_MAXIMIZE = 1
@@ -85,6 +85,13 @@ class UpdateCompletion:
 def tile_buffer_nbytes(tile_numel: int) -> int:
     """Bytes of slab that the worker's tile buffers need."""
     return int(_native.update_buffer_nbytes(NUM_TILES, tile_numel))
+
+
+def apply_in_ram(fmt_code: int, numel: int, addresses: Sequence[int], ops: bytes) -> None:
+    """Run an update here and now on planes that all lie in RAM (address 0: the plane is absent)."""
+    weight, residue, exp_avg, exp_avg_sq, grad, grad_lo = addresses
+    planes = (weight, residue, exp_avg, exp_avg_sq, grad, grad_lo)
+    _native.apply_ops(fmt_code, numel, planes, ops)
 
 
 class UpdatePipeline:

@@ -301,6 +301,20 @@ def test_accumulation_that_does_not_fit_says_how_much_is_missing(nvme_dir: Path)
             rig.land_all(index, 2, task=2)
 
 
+@pytest.mark.xfail(
+    strict=True, raises=StateError, reason="a plan without a drive has no bounce slot for a device"
+)
+@every_format
+def test_accumulation_on_a_device_with_everything_in_ram(format: str, nvme_dir: Path) -> None:
+    with make_rig(nvme_dir, format=format, device=StandinDevice(), **ram_only(1 << 30)) as rig:
+        for index in range(3):
+            rig.land_all(index, 1, task=1)
+        for index in range(3):
+            rig.land_all(index, 2, task=2)
+            want = rig.grad(1, 0).float() + rig.grad(2, 0).float()
+            assert bits(rig.gradients.grad(rig.chunks[index], 0)) == bits(want)
+
+
 def test_a_spill_that_fails_names_the_chunk(
     nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,12 +1,12 @@
 """One parked thread keeps OpenMP from spinning: it lives as long as the engine, and no longer."""
 
-import subprocess
-import sys
+import contextlib
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import native_threads
 from parity import make_policy
 from torch import nn
 
@@ -35,35 +35,25 @@ def test_the_thread_ends_with_close() -> None:
     assert calm_threads() == []
 
 
-@pytest.mark.usefixtures("may_spin")
-def test_the_thread_does_not_keep_the_process(nvme_dir: Path) -> None:
-    calm = Calm()
-    assert all(t.daemon for t in threading.enumerate() if t.name == "offload-calm")
-    calm.close()
-
-
 @pytest.mark.usefixtures("may_spin", "nothing_left")
-@pytest.mark.parametrize("ending", ["close", "exception", "bad start"])
-def test_it_lives_as_long_as_the_engine(
-    ending: str, nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    policy = make_policy(nvme_dir)
-    if ending == "bad start":
-        monkeypatch.setattr(offload.Session, "_attach", None)
-        with pytest.raises(TypeError):
-            offload.offload(nn.Linear(4, 4), policy)
-    else:
-        with pytest.raises(KeyError if ending == "exception" else SystemExit):  # noqa: SIM117
-            with offload.offload(nn.Linear(4, 4), policy):
-                assert calm_threads() == ["offload-calm"]
-                if ending == "exception":
-                    raise KeyError
-            else_closed()
+@pytest.mark.parametrize("error", [None, KeyError])
+def test_it_lives_as_long_as_the_engine(error: type[Exception] | None, nvme_dir: Path) -> None:
+    expected = contextlib.nullcontext() if error is None else pytest.raises(error)
+    with expected, offload.offload(nn.Linear(4, 4), make_policy(nvme_dir)):
+        assert calm_threads() == ["offload-calm"]
+        if error is not None:
+            raise error
     assert calm_threads() == []
 
 
-def else_closed() -> None:
-    raise SystemExit
+@pytest.mark.usefixtures("may_spin", "nothing_left")
+def test_it_ends_where_the_engine_does_not_start(
+    nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload.Session, "_attach", None)  # called after the thread was started
+    with pytest.raises(TypeError):
+        offload.offload(nn.Linear(4, 4), make_policy(nvme_dir))
+    assert calm_threads() == []
 
 
 @pytest.mark.usefixtures("may_spin", "nothing_left")
@@ -84,39 +74,17 @@ def test_nothing_is_parked_where_nothing_spins(
     calm.close()
 
 
-# Real OpenMP threads, in a process of their own. Prints the number of kernel threads: with the main
-# team, with the parked one beside it, and after close.
-SCRIPT = """
-import os, torch
-from offload.openmp import Calm
-torch.set_num_threads(2)
-def count():
-    return len(os.listdir("/proc/self/task"))
-torch.ones(1 << 20).add_(1.0)
-before = count()
-calm = Calm()
-during = count()
-torch.ones(1 << 20).add_(1.0)
-again = count()
-calm.close()
-print(before, during, again, count())
-"""
-
-
-def count_threads(environment: dict[str, str]) -> list[int]:
-    command = [sys.executable, "-c", SCRIPT]
-    root = Path(offload.__file__).parent.parent
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=root, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return [int(word) for word in done.stdout.split()]
-
-
-def test_the_parked_thread_has_a_team_that_stays() -> None:
-    """libgomp counts them as threads in use, and that is what keeps all others from spinning."""
+@pytest.mark.usefixtures("nothing_left")
+def test_the_parked_thread_has_a_team_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libgomp counts its threads, and more of them than cores is what keeps all from spinning."""
     if "libgomp" not in Path("/proc/self/maps").read_text():
         pytest.skip("this torch does not use libgomp")
-    before, during, again, after = count_threads({})
-    assert during == before + 2  # the parked thread, and the second thread of its team
-    assert again == during and after < during
+    monkeypatch.setattr(machine, "openmp_may_spin", lambda: True)
+    before = native_threads()
+    torch.set_num_threads(2)
+    try:
+        calm = Calm()
+        assert len(native_threads() - before) == 2  # the parked one, and the second of its team
+        calm.close()
+    finally:
+        torch.set_num_threads(1)

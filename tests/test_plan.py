@@ -152,7 +152,6 @@ def test_a_refusal_itemises_what_is_needed() -> None:
         plan_of(even_specs(4), 2 * MIB, nvme=False)
 
 
-@pytest.mark.xfail(strict=True, reason="pin: false without a drive is refused for want of budget")
 def test_unpinned_memory_does_not_need_a_drive() -> None:
     """tiers.cpu.pin is about page-locking; what fits the budget needs no drive either way."""
     assert not plan_of(even_specs(4), 4 << 30, nvme=False, pin=False).uses_nvme
@@ -202,6 +201,33 @@ def test_slots_that_the_policy_fixes_are_kept() -> None:
     (pool,) = plan.pools
     assert pool.num_weight_slots == 4
     assert pool.num_grad_slots == 2  # one landing gradient can have two halves
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_device_slots_fit_the_budget_of_the_device(format: str) -> None:
+    """Three slots per class where they fit, else two, else one; below that it says what would do."""
+    specs = [spec_of(0, 700_000), *(spec_of(i, 1 << 18) for i in range(1, 6))]
+    policy = make_policy(ANYWHERE, format=format, tiers__cpu={"budget": "64MiB"})
+
+    def plan(budget: int) -> Plan:
+        policy["tiers"]["gpu"]["budget"] = budget
+        return make_plan(specs, FORMATS[format], load_policy(policy), host_compute=False)
+
+    def device_nbytes(plan: Plan) -> int:
+        return sum(pool.slot_nbytes * pool.num_gpu_slots for pool in plan.pools)
+
+    with pytest.raises(BudgetError, match=r"tiers\.gpu\.budget of 1MiB is too small") as refused:
+        plan(MIB)
+    named = int(re.search(r"at least (\d+)MiB", str(refused.value))[1]) * MIB  # type: ignore[index]
+    counts = set()
+    for budget in range(named, 16 * MIB, MIB // 4):
+        made = plan(budget)
+        assert device_nbytes(made) <= budget
+        counts.add(made.pool_of(3).num_gpu_slots)
+        assert made.pool_of(0).num_gpu_slots == 1  # alone in its class
+    assert counts == {1, 2, 3}
+    with pytest.raises(BudgetError):
+        plan(named - MIB)
 
 
 # Size classes

@@ -81,7 +81,7 @@ def on_a_drive(folder: Path) -> None:
         pytest.skip("the kernel counts no bytes for tmpfs")
 
 
-@pytest.mark.parametrize("io", ["uring", "threads"])
+@pytest.mark.parametrize("io", ["auto", pytest.param("threads", marks=pytest.mark.slow)])
 def test_eager_step_moves_what_the_plan_says(io: str, nvme_dir: Path) -> None:
     """All on NVMe, exact: 14 bytes read and 12 written per parameter, less what the slots keep."""
     on_a_drive(nvme_dir)
@@ -92,7 +92,7 @@ def test_eager_step_moves_what_the_plan_says(io: str, nvme_dir: Path) -> None:
     assert 11.9 <= got["written"] / got["params"] <= 12.1
 
 
-@pytest.mark.parametrize("format", ["exact", "fp32"])
+@pytest.mark.parametrize("format", ["exact", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_deferred_step_moves_what_the_plan_says(format: str, nvme_dir: Path) -> None:
     """Deferred updates spill gradients that do not fit their slots; the plan counts them."""
     on_a_drive(nvme_dir)

@@ -1,0 +1,403 @@
+"""How weights move in: from RAM, from initialisers, from safetensors; bit for bit, and all or nothing."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import FORMATS, Variant, bits, make_policy, master, variant_policy
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from zoo import HIDDEN, ZOO, ConvNet, LinearListMLP, SharedLayerMLP
+
+import offload
+from offload import materialise
+from offload.engine import Engine
+from offload.errors import OffloadError, StateError, StorageError
+from offload.io import WRITE
+from offload.transfer import StandinDevice
+
+pytestmark = pytest.mark.usefixtures("tiny_units")
+LLAMA = ZOO["llama"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLACEMENTS = ("ram", "nvme", "mixed", "oneslot")
+
+
+def policy_of(directory: Path, placement: str = "nvme", format: str = "exact") -> dict[str, Any]:
+    return variant_policy(Variant(placement, placement=placement), format, directory, LLAMA)
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"):
+        return build()
+
+
+def compute_bits(engine: Any) -> dict[str, str]:
+    """Hashes of all weights that compute sees."""
+    return {n: bits(engine.state(n)["weight"]) for n, _ in engine.model.named_parameters()}
+
+
+def rounded(tensor: Tensor, format: str) -> Tensor:
+    """The weight that compute sees, of an fp32 value: half away from zero, not torch's half to even."""
+    if format == "fp32":
+        return tensor.float()
+    shifted = (tensor.float().view(torch.int32) + 0x8000) >> 16
+    return shifted.to(torch.int16).view(torch.bfloat16)
+
+
+# From RAM
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_weights_in_ram_arrive_without_loss(
+    placement: str, format: str, dtype: torch.dtype, nvme_dir: Path
+) -> None:
+    """The master equals the value it came with, the weight is its rounding, moments are zero."""
+    model = LLAMA.make_model().to(dtype)
+    want = {name: p.detach().clone() for name, p in model.named_parameters()}
+    params = dict(model.named_parameters())
+    with offload.offload(model, policy_of(nvme_dir, placement, format)) as engine:
+        for name, value in want.items():
+            planes = engine.state(name)
+            assert bits(master(planes)) == bits(value.float()), name
+            assert bits(planes["weight"]) == bits(rounded(value, format)), name
+            assert not planes["exp_avg"].any() and not planes["exp_avg_sq"].any(), name
+        assert all(param is params[name] for name, param in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_untouched_model_leaves_as_it_came(dtype: torch.dtype, nvme_dir: Path) -> None:
+    model = LLAMA.make_model().to(dtype)
+    want = {name: bits(p) for name, p in model.named_parameters()}
+    with offload.offload(model, policy_of(nvme_dir)):
+        pass
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert {name: bits(p) for name, p in model.named_parameters()} == want
+
+
+def test_memory_of_the_model_goes_as_it_moves_in(
+    nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunk by chunk: the storages of a filled chunk are gone before the next one begins."""
+    model = LLAMA.make_model()
+    storages = {id(p): StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
+    filled: list[int] = []
+    fill_chunk = materialise.fill_chunk
+
+    def watch(engine: Engine, chunk: Any, source: Any) -> None:
+        gone = [c for c in engine.chunks if all(storages[id(p)].expired() for p in c.params)]
+        assert [c.spec.index for c in gone] == filled
+        fill_chunk(engine, chunk, source)
+        filled.append(chunk.spec.index)
+
+    monkeypatch.setattr(materialise, "fill_chunk", watch)
+    with offload.offload(model, policy_of(nvme_dir)) as engine:
+        assert filled == list(range(len(engine.plan.specs))) and len(filled) > 4
+        assert all(storage.expired() for storage in storages.values())
+
+
+# A failure on the way in
+
+
+class Deliberate(Exception):
+    """Raised by the tests in the middle of a move."""
+
+
+def failing_write(number: int, error: str) -> Callable[..., None]:
+    """An Engine.start_plane whose number-th write fails: as the drive's error, or from outside."""
+    start_plane, counts = Engine.start_plane, []
+
+    def start(
+        self: Engine, op: int, extent: Any, address: int, chunk: Any, finish: Any, *rest: Any
+    ) -> None:
+        def broken(result: int, fd: int, offset: int) -> None:
+            finish(-5, self.store.segments(extent)[0][0], 4096)
+
+        counts.append(op == WRITE)
+        fails = op == WRITE and sum(counts) == number
+        if fails and error == "exception":
+            raise Deliberate
+        if fails and error == "interrupt":
+            raise KeyboardInterrupt
+        start_plane(self, op, extent, address, chunk, broken if fails else finish, *rest)
+
+    return start
+
+
+RAISED = {"eio": StorageError, "exception": Deliberate, "interrupt": KeyboardInterrupt}
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("error", RAISED)
+@pytest.mark.parametrize("number", [1, 7])
+@pytest.mark.parametrize("placement", ["nvme", "oneslot"])
+def test_a_failed_move_loses_no_weight(
+    placement: str, number: int, error: str, nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is as it was before, and can be offloaded by a second try."""
+    model = LLAMA.make_model()
+    want = {name: bits(p) for name, p in model.named_parameters()}
+    policy = policy_of(nvme_dir, placement)
+    monkeypatch.setattr(Engine, "start_plane", failing_write(number, error))
+    with pytest.raises(RAISED[error]):
+        offload.offload(model, policy)
+    monkeypatch.undo()
+    assert {name: bits(p) for name, p in model.named_parameters()} == want
+    assert [path for path in nvme_dir.rglob("*") if path.is_file()] == []
+    with offload.offload(model, policy) as engine:
+        assert {n: bits(master(engine.state(n))) for n in want} == want
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("where", ["_attach", "_materialise"])
+def test_a_failure_beside_the_move_loses_no_weight(
+    where: str, nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LLAMA.make_model()
+    want = {name: bits(p) for name, p in model.named_parameters()}
+
+    def fail(self: Any, *args: Any) -> None:
+        raise Deliberate
+
+    monkeypatch.setattr(offload.Session, where, fail)
+    with pytest.raises(Deliberate):
+        offload.offload(model, policy_of(nvme_dir))
+    assert {name: bits(p) for name, p in model.named_parameters()} == want
+
+
+# Initialisers
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_initialised_weights_do_not_depend_on_the_placement(
+    placement: str, nvme_dir: Path
+) -> None:
+    """Hugging Face's own initialisation: norms are ones, matrices have the config's deviation."""
+    records = []
+    for where in ("ram", placement):
+        model = on_meta(LLAMA.build)
+        names = [id(p) for p in model.parameters()]
+        torch.manual_seed(5)
+        policy = policy_of(nvme_dir, where, "fp32")
+        with offload.offload(model, policy, weights="init") as engine:
+            assert [id(p) for p in model.parameters()] == names
+            records.append(compute_bits(engine))
+            for name, p in model.named_parameters():
+                weight = engine.state(name)["weight"]
+                assert not p.is_meta and weight.isfinite().all()
+                if "norm" in name:
+                    assert (weight == 1).all()
+                else:
+                    assert 0.015 < weight.std().item() < 0.025, name
+            batch = LLAMA.make_batch(1, torch.float32)
+            assert LLAMA.loss(model, batch).isfinite()
+    assert records[0] == records[1]
+    assert len(set(records[0].values())) > 20
+
+
+def test_buffers_on_meta_come_back(nvme_dir: Path) -> None:
+    """Rotary frequencies are those of a model that was built in RAM."""
+    want = {name: bits(buffer) for name, buffer in LLAMA.make_model().named_buffers()}
+    model = on_meta(LLAMA.build)
+    with offload.offload(model, policy_of(nvme_dir), weights="init"):
+        assert {name: bits(buffer) for name, buffer in model.named_buffers()} == want and want
+
+
+SPLIT = pytest.mark.xfail(
+    strict=True, reason="a module whose parameters lie in two chunks cannot be initialised"
+)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        ConvNet,
+        pytest.param(LinearListMLP, marks=SPLIT),
+        pytest.param(SharedLayerMLP, marks=SPLIT),
+        pytest.param(ZOO["bert"].build, marks=SPLIT),
+    ],
+)
+def test_every_parameter_is_initialised_once(build: Callable[[], nn.Module], nvme_dir: Path) -> None:
+    """Also where the weight of a module is large and its bias is among the little tensors."""
+    torch.manual_seed(3)
+    plain = build()
+    torch.manual_seed(3)
+    model = on_meta(build)
+    with offload.offload(model, policy_of(nvme_dir, format="fp32"), weights="init") as engine:
+        for name, p in plain.named_parameters():
+            weight = engine.state(name)["weight"]
+            assert weight.shape == p.shape and weight.isfinite().all(), name
+            spread, want = weight.double().std(correction=0), p.double().std(correction=0)
+            assert torch.isclose(spread, want, rtol=0.5, atol=1e-3), name
+
+
+def test_a_module_that_cannot_initialise_itself_is_named(nvme_dir: Path) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(4, 4))
+
+    model = on_meta(lambda: nn.ModuleDict({"bare": Bare()}))
+    with pytest.raises(StateError, match=r"module bare \(Bare\) .* no reset_parameters"):
+        offload.offload(model, policy_of(nvme_dir), weights="init")
+
+
+# Safetensors
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One Llama as one file, and as several shards with an index."""
+    folders = {}
+    for kind, size in (("single", "1GB"), ("sharded", "40KB")):
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        LLAMA.make_model().save_pretrained(folders[kind], max_shard_size=size)
+    assert (folders["single"] / "model.safetensors").exists()
+    assert len(list(folders["sharded"].glob("model-*.safetensors"))) > 3
+    return folders
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("placement", ["ram", "nvme", "oneslot"])
+def test_weights_from_a_folder(
+    placement: str, format: str, kind: str, checkpoints: dict[str, Path], nvme_dir: Path
+) -> None:
+    want = dict(LLAMA.make_model().named_parameters())
+    model = on_meta(LLAMA.build)
+    policy = policy_of(nvme_dir, placement, format)
+    with offload.offload(model, policy, weights=checkpoints[kind]) as engine:
+        for name, p in want.items():
+            assert bits(master(engine.state(name))) == bits(p), name
+    for name, p in model.named_parameters():  # it leaves as an ordinary model
+        assert not p.is_meta and p.shape == want[name].shape and p.isfinite().all()
+
+
+def test_load_pretrained(checkpoints: dict[str, Path], nvme_dir: Path) -> None:
+    """The same loss as the model in RAM; also on a device of its own."""
+    batch = LLAMA.make_batch(1, torch.float32)
+    want = bits(LLAMA.loss(LLAMA.make_model(), batch))
+    for device in ("cpu", "standin"):
+        policy = make_policy(nvme_dir, format="fp32", tiers__gpu__device=device)
+        with offload.load_pretrained(checkpoints["sharded"], policy) as engine:
+            assert bits(LLAMA.loss(engine.model, batch)) == want
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_checkpoint_may_have_any_float_dtype(
+    dtype: torch.dtype, tmp_path: Path, nvme_dir: Path
+) -> None:
+    saved = LLAMA.make_model().to(dtype)
+    saved.save_pretrained(tmp_path)
+    model = on_meta(LLAMA.build)
+    with offload.offload(model, policy_of(nvme_dir), weights=tmp_path) as engine:
+        for name, p in saved.named_parameters():
+            assert bits(master(engine.state(name))) == bits(p.float()), name
+
+
+def test_tied_weights_are_read_under_the_name_they_have(tmp_path: Path, nvme_dir: Path) -> None:
+    saved = ZOO["qwen3"].make_model()
+    saved.save_pretrained(tmp_path)
+    model = on_meta(ZOO["qwen3"].build)
+    model.tie_weights()
+    with offload.offload(model, policy_of(nvme_dir), weights=tmp_path) as engine:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        planes = engine.state("model.embed_tokens.weight")
+        assert bits(master(planes)) == bits(saved.model.embed_tokens.weight)
+
+
+def test_a_folder_of_the_base_model_fits_the_whole_one(tmp_path: Path, nvme_dir: Path) -> None:
+    """GPT-2 saved without its head has no `transformer.` before its names; the head is tied."""
+    saved = ZOO["gpt2"].make_model()
+    saved.transformer.save_pretrained(tmp_path)
+    model = on_meta(ZOO["gpt2"].build)
+    with offload.offload(model, policy_of(nvme_dir), weights=tmp_path) as engine:
+        for name, p in saved.named_parameters():
+            assert bits(master(engine.state(name))) == bits(p), name
+
+
+@contextmanager
+def broken(folder: Path, scratch: Path, change: Callable[[dict[str, Tensor]], None]) -> Iterator[Path]:
+    """A copy of a single-file checkpoint whose tensors were changed."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, scratch / "model.safetensors")
+    yield scratch
+
+
+NAME = "model.layers.2.mlp.up_proj.weight"
+
+
+def drop(tensors: dict[str, Tensor]) -> None:
+    del tensors[NAME]
+
+
+def reshape(tensors: dict[str, Tensor]) -> None:
+    tensors[NAME] = tensors[NAME][:, 1:].contiguous()
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(drop, f"no tensor for parameter {NAME}"), (reshape, rf"{NAME} has shape \(64, {HIDDEN - 1}\)")],
+)
+def test_wrong_checkpoints_are_named(
+    change: Callable[[dict[str, Tensor]], None],
+    message: str,
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    nvme_dir: Path,
+) -> None:
+    """And a second try with a right one works on the same model."""
+    model = on_meta(LLAMA.build)
+    with broken(checkpoints["single"], tmp_path, change) as folder:
+        with pytest.raises(StateError, match=message):
+            offload.offload(model, policy_of(nvme_dir), weights=folder)
+    with offload.offload(model, policy_of(nvme_dir), weights=checkpoints["single"]) as engine:
+        want = dict(LLAMA.make_model().named_parameters())
+        assert bits(master(engine.state(NAME))) == bits(want[NAME])
+
+
+def test_a_folder_without_weights_or_with_a_missing_shard(
+    checkpoints: dict[str, Path], tmp_path: Path, nvme_dir: Path
+) -> None:
+    with pytest.raises(StateError, match="holds no model.safetensors"):
+        offload.offload(on_meta(LLAMA.build), policy_of(nvme_dir), weights=tmp_path)
+    index = checkpoints["sharded"] / "model.safetensors.index.json"
+    (tmp_path / index.name).write_text(index.read_text())
+    missing = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    with pytest.raises((OffloadError, FileNotFoundError), match="|".join(missing)):
+        offload.offload(on_meta(LLAMA.build), policy_of(nvme_dir), weights=tmp_path)
+
+
+# On a device of its own
+
+
+@pytest.mark.parametrize("source", ["ram", "init", "folder"])
+def test_weights_reach_a_slow_device(
+    source: str, checkpoints: dict[str, Path], nvme_dir: Path
+) -> None:
+    dice = random.Random(2)
+    model = LLAMA.make_model() if source == "ram" else on_meta(LLAMA.build)
+    weights = {"ram": None, "init": "init", "folder": checkpoints["single"]}[source]
+    device = StandinDevice(delay=lambda: dice.random() * 1e-3)
+    policy = offload.load_policy(policy_of(nvme_dir, "oneslot", "fp32"))
+    torch.manual_seed(4)
+    with offload.Session(model, policy, weights, device=device, poison=True) as engine:
+        seen = {}
+        for index, chunk in enumerate(engine._engine.chunks):
+            engine._engine.enter(index, record=False)
+            seen |= {
+                spec.name: bits(param)
+                for spec, param in zip(chunk.spec.params, chunk.params, strict=True)
+            }
+            engine._engine.leave(index)
+        assert seen == compute_bits(engine)
