@@ -90,6 +90,21 @@ class Attachment:
                 tensor: Any = param  # its hooks are untyped
                 self._undo.append(tensor.register_post_accumulate_grad_hook(hook).remove)
 
+    def refuse_loading(self, is_gathered: Callable[[torch.Tensor], bool]) -> None:
+        """load_state_dict() would write into placeholders; refuse before anything is written."""
+
+        def before(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+            for key, param in module._parameters.items():
+                if param is not None and not is_gathered(param):
+                    raise StateError(
+                        f"load_state_dict() on the offloaded {prefix}{key}: its weights are in the "
+                        "tiers. Load before offload.offload(), or inside engine.gathered(model)."
+                    )
+
+        modules: list[Any] = list(self._model.modules())  # their hooks are untyped
+        for module in modules:
+            self._undo.append(module.register_load_state_dict_pre_hook(before).remove)
+
     def hook_state_dicts(
         self,
         check: Callable[[nn.Module], None],
@@ -127,6 +142,8 @@ class Attachment:
                 "then offload it."
             )
         for chunk in self._engine.chunks:
+            if chunk.num_users and chunk.override is None:
+                chunk.check_bound(self._engine.bound_weight(chunk.spec.index))
             for spec, param in zip(chunk.spec.params, chunk.params, strict=True):
                 if param.requires_grad and not spec.trainable:
                     raise StateError(

@@ -171,7 +171,8 @@ def _changes_buffers(block: BlockPass, args: Any, kwargs: Any) -> bool:
         block.run_plain(args, kwargs)
     changed = False
     for buffer, version, content in before:
-        if buffer._version != version:
+        # Contents too: F.batch_norm writes its statistics without counting a version.
+        if buffer._version != version or not torch.equal(buffer, content):
             changed = True
             buffer.detach().copy_(content)
     return changed or [id(b) for b in block.module.buffers()] != [id(row[0]) for row in before]

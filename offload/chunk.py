@@ -194,6 +194,18 @@ class Chunk:
         for param, placeholder in zip(self.params, self._placeholders, strict=True):
             param.data = placeholder
 
+    def check_bound(self, flat: torch.Tensor) -> None:
+        """The same for a chunk that stays bound to the weight plane `flat`."""
+        for param, spec in zip(self.params, self.spec.params, strict=True):
+            if param.data_ptr() != flat.data_ptr() + spec.offset * flat.element_size():
+                raise self._changed(spec)
+
+    def _changed(self, spec: ParamSpec) -> StateError:
+        return StateError(
+            f"parameter {spec.name} was changed outside the engine (model.to(), .half() or .data = "
+            "...). Convert the model before offload.offload(), or use engine.gathered() to write."
+        )
+
     def check_unbound(self) -> None:
         """Raise StateError where somebody else moved a parameter's data (model.to, .half, a
         re-assignment).
@@ -202,12 +214,7 @@ class Chunk:
             self.params, self._placeholders, self.spec.params, strict=True
         ):
             if param.data_ptr() != placeholder.data_ptr():
-                raise StateError(
-                    f"parameter {spec.name} was changed outside the engine (model.to(), .half() or "
-                    ".data = ...). "
-                    "Convert the model before offload.offload(), or use engine.gathered() to write "
-                    "weights."
-                )
+                raise self._changed(spec)
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -86,6 +86,8 @@ class Autograd:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightHandle:
+        if self.outer_task != -1:
+            return tensor  # a block's replay is over before its weights leave
         if tensor.layout is not torch.strided or tensor.device != self.engine.device.torch_device:
             return tensor
         absent = self._placeholders.get(tensor.untyped_storage().data_ptr())

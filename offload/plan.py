@@ -18,7 +18,7 @@ from offload.formats import Plane, StateFormat
 from offload.policy import OffloadPolicy, format_nbytes
 from offload.schedule import count_loads, default_order
 from offload.slots import HUGE_PAGE_NBYTES, round_up
-from offload.update import NUM_TILES, tile_buffer_nbytes
+from offload.update import tile_buffer_nbytes
 
 WEIGHT_SLOTS_TARGET = 3  # one in use, one arriving, one being updated
 GRAD_SLOTS_TARGET = 3  # one landing, two waiting for the update worker
@@ -164,7 +164,19 @@ def make_plan(
 
     Raises BudgetError with the itemised sum and the smallest budget that would do.
     """
-    return _Planner(tuple(specs), fmt, policy, host_compute).plan()
+    tile_numel = min(policy.optimizer.tile_numel, max(spec.numel for spec in specs))
+    while tile_numel > _MIN_TILE_NUMEL:  # the tiles take at most an eighth of the budget
+        if tile_buffer_nbytes(tile_numel) * 8 <= policy.tiers.cpu.budget:
+            break
+        tile_numel //= 2
+    while True:
+        try:
+            tile = round_up(tile_numel, NUMEL_MULTIPLE)
+            return _Planner(tuple(specs), fmt, policy, host_compute, tile).plan()
+        except BudgetError:
+            if tile_numel <= _MIN_TILE_NUMEL:
+                raise  # with the smallest tiles: the budget that it names is enough
+            tile_numel = max(tile_numel // 2, _MIN_TILE_NUMEL)
 
 
 class _Planner:
@@ -176,6 +188,7 @@ class _Planner:
         fmt: StateFormat,
         policy: OffloadPolicy,
         host_compute: bool,
+        tile_numel: int,
     ) -> None:
         self.specs, self.fmt, self.policy = specs, fmt, policy
         self.host_compute = host_compute
@@ -183,7 +196,7 @@ class _Planner:
         self.has_nvme = policy.tiers.nvme is not None
         self.may_pin = policy.tiers.cpu.pin is not False
         self.num_gpu_slots = self._fit_gpu_slots()
-        self.tile_numel = _tile_numel(specs, policy)
+        self.tile_numel = tile_numel
         self.small = frozenset(
             (s.index, p) for s in specs if s.is_small for p in s.state_planes(fmt)
         )
@@ -350,14 +363,3 @@ class _Planner:
             else:
                 classes.append([spec])
         return [tuple(sorted(spec.index for spec in members)) for members in classes]
-
-
-def _tile_numel(specs: Sequence[ChunkSpec], policy: OffloadPolicy) -> int:
-    """The policy's tile, at most a chunk, all tiles together at most an eighth of the budget."""
-    tile = min(policy.optimizer.tile_numel, max(spec.numel for spec in specs))
-    while tile > _MIN_TILE_NUMEL and tile_buffer_nbytes(tile) * 8 > policy.tiers.cpu.budget:
-        tile //= 2
-    return round_up(tile, NUMEL_MULTIPLE)
-
-
-__all__ = ["NUM_TILES", "Plan", "PoolSpec", "make_plan"]

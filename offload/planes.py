@@ -159,5 +159,5 @@ class PlaneReader:
         self._write(chunk, Plane.WEIGHT, now)
         if Plane.RESIDUE in chunk.spec.state_planes(self._engine.plan.fmt):
             residue = self._read(chunk, Plane.RESIDUE)
-            residue[changed] = 0
+            residue.view(torch.int16)[changed] = 0  # torch cannot index-write uint16
             self._write(chunk, Plane.RESIDUE, residue)

@@ -42,7 +42,7 @@ class Reporter:
             return
         columns = (
             TextColumn("[bold]{task.description}[/bold]"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[note]}"),

@@ -8,9 +8,10 @@ looked up at call time, so it works too where user code imported clip_grad_norm_
 from __future__ import annotations
 
 import importlib
+import sys
 import threading
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,10 +31,12 @@ class Owner(Protocol):
 
     def has_gradients(self) -> bool: ...
 
-    def total_norm(self, norm_type: float) -> torch.Tensor: ...
+    def total_norm(
+        self, norm_type: float, params: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor: ...
 
     def scale_gradients(
-        self, params: list[torch.Tensor], max_norm: float, total: torch.Tensor
+        self, params: Sequence[torch.Tensor], max_norm: float, total: torch.Tensor
     ) -> None: ...
 
     def attach(self, optimizer: Any) -> None: ...
@@ -94,8 +97,8 @@ def _refuse_foreign_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: An
         if any(owner_of(param) is not None for param in group["params"]):
             raise StateError(
                 f"{type(optimizer).__name__}.step() on offloaded parameters would train nothing, "
-                "because their "
-                "gradients and state are in the tiers. Use offload.AdamW(model.parameters(), ...)."
+                "because their gradients and state are in the tiers. Use "
+                "offload.AdamW(model.parameters(), ...)."
             )
 
 
@@ -113,15 +116,14 @@ def _route_norm(original: Any) -> Any:
         foreach: bool | None = None,
     ) -> torch.Tensor:
         tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-        holders = [owner for owner in _owners if owner.has_gradients()]
-        if tensors or not holders:
+        params = _clipped_parameters(sys._getframe(1))
+        parts = [owner.total_norm(norm_type, mine) for owner, mine in _by_owner(params)]
+        if not parts:
             plain: torch.Tensor = original(tensors, norm_type, error_if_nonfinite, foreach)
             return plain
-        if len(holders) > 1:
-            raise StateError(
-                "clip_grad_norm_ with two offloaded models: use engine.clip_grad_norm_(params)."
-            )
-        norm = holders[0].total_norm(norm_type)
+        if tensors:
+            parts.append(original(tensors, norm_type, False, foreach).cpu().float())
+        norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
         if error_if_nonfinite and not bool(norm.isfinite()):
             raise RuntimeError(f"The total norm of order {norm_type} for gradients is non-finite.")
         return norm
@@ -129,14 +131,30 @@ def _route_norm(original: Any) -> Any:
     return total_norm
 
 
+def _clipped_parameters(caller: types.FrameType) -> list[torch.Tensor]:
+    """The parameters that clip_grad_norm_ was called with; it hands on their gradients only."""
+    found = (
+        caller.f_locals.get("parameters") if caller.f_code.co_name == "clip_grad_norm_" else None
+    )
+    return [p for p in found if isinstance(p, torch.Tensor)] if isinstance(found, list) else []
+
+
+def _by_owner(params: Iterable[torch.Tensor]) -> list[tuple[Owner, list[torch.Tensor]]]:
+    groups: dict[int, tuple[Owner, list[torch.Tensor]]] = {}
+    for param in params:
+        owner = owner_of(param)
+        if owner is not None:
+            groups.setdefault(id(owner), (owner, []))[1].append(param)
+    return list(groups.values())
+
+
 def _route_scaling(original: Any) -> Any:
     def scale(
         parameters: Any, max_norm: float, total_norm: torch.Tensor, foreach: bool | None = None
     ) -> None:
         params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        owners = {id(owner): owner for p in params if (owner := owner_of(p)) is not None}
-        for owner in owners.values():
-            owner.scale_gradients([p for p in params if owner.owns(p)], max_norm, total_norm)
+        for owner, mine in _by_owner(params):
+            owner.scale_gradients(mine, max_norm, total_norm)
         original([p for p in params if owner_of(p) is None], max_norm, total_norm, foreach)
 
     return scale

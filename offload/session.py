@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -76,15 +77,20 @@ class Session:
         self._refuse_twice()
         parts = partition(model)
         self._check_weights(weights)
-        self.device = device or make_device(policy.tiers.gpu.device)
-        self.plan = make_plan(
-            parts.specs, FORMATS[policy.state.format], policy, host_compute=self.device.is_host
-        )
         self.timeline = Timeline(TIMELINE_CAPACITY)
-        self._engine = self._open_engine(parts, poison=poison)
+        self.device = device or make_device(policy.tiers.gpu.device)
+        fmt, host = FORMATS[policy.state.format], self.device.is_host
+        try:
+            self.plan = make_plan(parts.specs, fmt, policy, host_compute=host)
+            self._engine = self._open_engine(parts, poison=poison)
+        except BaseException:
+            self.device.close()
+            raise
         self._dtypes = {id(p): p.dtype for c in self._engine.chunks for p in c.params}
         self._planes = PlaneReader(self._engine)
         self._calm = Calm() if self.device.is_host else None
+        self._watch: contextlib.AbstractContextManager[object] | None = None
+        atexit.register(self._shut)  # a program that ends inside the context leaves no files
         try:
             self._materialise(weights)
             self._attach(parts)
@@ -137,7 +143,6 @@ class Session:
                 poison=poison,
             )
         except BaseException:
-            self.device.close()
             slab.close()
             raise
 
@@ -167,6 +172,7 @@ class Session:
         self._attachment.replace_forwards(parts, self.policy.activations)
         self._attachment.replace(self.model, "zero_grad", self._model_zero_grad)
         self._attachment.hook_state_dicts(self._check_state_dict_fits, self._weight_of)
+        self._attachment.refuse_loading(lambda p: self._chunk_of(p)[0].override is not None)
         for chunk in self._engine.chunks:
             if chunk.spec.is_small:  # stays bound: see [Note: small chunk] in partition.py
                 self._engine.enter(chunk.spec.index, record=False)
@@ -200,6 +206,9 @@ class Session:
         self.gradients.settle()
         self._check_captured()
         landed = self.gradients.landed()
+        if not landed and not self.gradients.anything_updated:
+            self._refuse_second_step()
+            return  # as torch: no gradient anywhere, nothing to do
         self.gradients.check_finite(landed)
         updates = {chunk.spec.index: ops for chunk in landed if (ops := self._ops(chunk))}
         for chunk in landed:  # norms and biases stay bound: see [Note: small chunk] in partition.py
@@ -215,13 +224,19 @@ class Session:
         self._clipped = False
         self._captured = None
 
+    def _refuse_second_step(self) -> None:
+        if self.gradients.must_zero:
+            raise StateError(
+                "step() twice for one backward(): the first has consumed the gradients. Call "
+                "zero_grad() and backward() before the next step()."
+            )
+
     def _check_captured(self) -> None:
         if self._captured is not None and self._captured != self._optimizer.hyperparameters():
             raise StateError(
                 "hyperparameters changed between backward() and step(); optimizer.update eager "
-                "captured them in "
-                "backward(). Call the scheduler after optimizer.step(), or set optimizer.update: "
-                "deferred."
+                "captured them in backward(). Call the scheduler after optimizer.step(), or set "
+                "optimizer.update: deferred."
             )
 
     def _choose_update_mode(self) -> None:
@@ -259,7 +274,7 @@ class Session:
         """
         members = [params] if isinstance(params, torch.Tensor) else list(params)
         total = self.total_norm(norm_type, members)
-        self._scale(members, max_norm, total)
+        self.scale_gradients(members, max_norm, total)
         return total
 
     def total_norm(
@@ -272,20 +287,9 @@ class Session:
         return torch.tensor(self.gradients.norm(places), dtype=torch.float32)
 
     def scale_gradients(
-        self, params: list[torch.Tensor], max_norm: float, total: torch.Tensor
+        self, params: Sequence[torch.Tensor], max_norm: float, total: torch.Tensor
     ) -> None:
-        """clip_grad_norm_'s second half: `total` was the norm of all, so `params` must be all."""
-        missing = self.gradients.contributors() - {self._places[id(p)] for p in params}
-        if missing:
-            index, position = min(missing)
-            raise StateError(
-                "clip_grad_norm_ on a part of the parameters (without "
-                f"{self._engine.chunks[index].spec.params[position].name}): "
-                "use engine.clip_grad_norm_(params, max_norm)."
-            )
-        self._scale(params, max_norm, total)
-
-    def _scale(self, params: Sequence[torch.Tensor], max_norm: float, total: torch.Tensor) -> None:
+        """clip_grad_norm_'s second half: scale so that `total` becomes at most max_norm."""
         self._clipped = True
         coefficient = float(torch.clamp(max_norm / (total.cpu() + 1e-6), max=1.0))
         if coefficient == 1.0:
@@ -381,17 +385,19 @@ class Session:
         itemsize = self.plan.fmt.itemsize(Plane.WEIGHT)
         needed = sum(param.numel() for param in module.parameters()) * itemsize
         room = max(self.policy.tiers.cpu.budget - self.plan.slab_nbytes, 0)
-        if needed > room and needed > machine.memory_available() // 2:
+        if needed > room:
             raise StateError(
                 f"state_dict() needs {format_nbytes(needed)} beside the slab, which RAM does not "
                 "have. "
-                "Use engine.export(folder), which streams."
+                "Raise tiers.cpu.budget, or use engine.export(folder), which streams."
             )
 
     # ---- ends ----
 
     def __enter__(self) -> Session:
         self._check_open()
+        self._watch = self.autograd.saving()  # finds absent weights read outside of the model
+        self._watch.__enter__()
         return self
 
     def __exit__(
@@ -400,6 +406,9 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._watch is not None:
+            self._watch.__exit__(None, None, None)
+            self._watch = None
         if kind is None:
             self.close()
         else:
@@ -466,6 +475,7 @@ class Session:
 
     def _shut(self) -> None:
         self._closed = True
+        atexit.unregister(self._shut)
         routing.unregister(self)
         if self._attachment is not None:
             self._attachment.undo()

@@ -61,7 +61,7 @@ class DeviceContract:
         assert down.query() and bits(here) == bits(want)
 
     def test_copy_up_waits_for_its_event(self, device: Device, regions: list[Region]) -> None:
-        """Compute may still read the slot's last bytes: no copy may start before it has finished."""
+        """Compute may still read the slot's last bytes: no copy starts before it has finished."""
         there = device.allocate(NBYTES)
         regions[0].tensor.copy_(pattern(2))
         after, release = self.late_event(device)

@@ -1,4 +1,4 @@
-"""An engine without a model: chunks of plain parameters under a plan, for tests below the session."""
+"""An engine without a model: chunks of parameters under a plan, for tests below the session."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ def spec_of(index: int, *numels: int, trainable: bool = True, is_small: bool = F
 
 @dataclass
 class Rig:
-    """The engine with what stands around it; `masters` are the fp32 values that it was filled with."""
+    """The engine with what stands around it; `masters` are the fp32 values it was filled with."""
 
     engine: Engine
     gradients: Gradients

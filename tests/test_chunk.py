@@ -1,4 +1,4 @@
-"""A chunk: legal moves only, parameters laid out apart, and absent weights that cannot pass for numbers."""
+"""A chunk: legal moves only, parameters laid out apart, and absent weights that are NaN."""
 
 import itertools
 
@@ -59,7 +59,9 @@ def test_the_table_has_no_trap() -> None:
 
 
 def test_what_is_in_flight_never_jumps() -> None:
-    """Bytes on their way end at their goal or back at their start; only resting weights are updated."""
+    """Bytes on their way end at their goal or where they started; only resting weights are
+    updated.
+    """
     ends = {
         Residency.READING: {Residency.CPU, Residency.NVME},
         Residency.UPLOADING: {Residency.GPU, Residency.CPU},
@@ -131,7 +133,7 @@ def test_bound_parameters_show_the_plane(dtype: torch.dtype) -> None:
 
 
 def test_a_parameter_has_a_version_counter_of_its_own() -> None:
-    """Autograd would refuse to go backward if writing into the slot changed its parameters' versions."""
+    """Autograd would refuse to go backward if writing into the slot changed their versions."""
     chunk = make_chunk()
     plane = torch.zeros(chunk.spec.numel)
     chunk.bind(plane)

@@ -1,4 +1,4 @@
-"""What is in flight: each end is told to its owner exactly once, in poll or block, and never lost."""
+"""What is in flight: each end is told to its owner once, in poll or block, and never lost."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ MAX_POLLS = 300
 
 
 class Stuck(BaseException):
-    """Raised by the fakes where somebody waits for what can never come; `drain` does not catch it."""
+    """Raised by the fakes where somebody waits for what can never come; drain lets it pass."""
 
 
 class FakeSource:
@@ -139,7 +139,7 @@ def test_bytes_and_seconds_are_booked_to_their_link() -> None:
     assert (stats.busy_s["nvme read"], stats.busy_s["nvme write"]) == (0.5, 0.25)
     assert (stats.num_updates, stats.update_kernel_s) == (1, 0.125)
     lanes = {(event.kind, event.name, event.nbytes) for event in bench.timeline.events()}
-    assert ("nvme read", "b", 20) in lanes and (UPDATE, "d", 0) in lanes and ("h2d", "e", 16) in lanes
+    assert lanes >= {("nvme read", "b", 20), (UPDATE, "d", 0), ("h2d", "e", 16)}
 
 
 def test_what_a_copy_needs_lives_until_it_is_done() -> None:

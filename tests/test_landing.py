@@ -1,4 +1,4 @@
-"""Gradients land, accumulate, wait and spill; whatever the route, their bits are those of a plain sum."""
+"""Gradients land, accumulate, wait and spill; by any route their bits are those of a plain sum."""
 
 import math
 import random
@@ -94,8 +94,8 @@ def test_a_second_use_in_one_backward_adds_as_autograd_does(
 )
 @every_format
 def test_two_uses_in_each_of_two_backwards(format: str, nvme_dir: Path) -> None:
-    """A block that is called twice, with accumulation: each backward's sum in the dtype of autograd,
-    then fp32 over the backwards.
+    """A block that is called twice, with accumulation: each backward's sum in the dtype of
+    autograd, then fp32 over the backwards.
     """
     with make_rig(nvme_dir, format=format) as rig:
         grads = [[rig.grad(10 * task + use, 0) for use in range(2)] for task in range(2)]
@@ -120,9 +120,7 @@ def test_gradients_in_any_order_through_few_slots(
     """
     dice = random.Random(grad_slots)
     changes = {"tiers__cpu__grad_slots": grad_slots, "tiers__nvme__io": "threads"}
-    with make_rig(
-        nvme_dir, num_chunks=4, format=format, device=make_device(), **changes
-    ) as rig:
+    with make_rig(nvme_dir, num_chunks=4, format=format, device=make_device(), **changes) as rig:
         want: dict[tuple[int, int], Tensor] = {}
         for task in range(3):
             order = [place for place in places(4) if dice.random() < 0.8]
@@ -180,15 +178,13 @@ def test_dropped_gradients_leave_every_slot_free(
 def test_updates_while_weights_come_and_go(
     weight_slots: int, format: str, make_device: Callable[[], Device], nvme_dir: Path
 ) -> None:
-    """Updates are left pending on four chunks, some with spilled or accumulated gradients; then chunks
-    are used in a random order, so that weights are evicted between an update's promise and its
-    keeping. Every use sees the updated weights.
+    """Updates are left pending on four chunks, some with spilled or accumulated gradients; then
+    chunks are used in a random order, so that weights are evicted between an update's promise and
+    its keeping. Every use sees the updated weights.
     """
     dice = random.Random(weight_slots)
     changes = {"tiers__cpu__weight_slots": weight_slots, "tiers__cpu__grad_slots": 1}
-    with make_rig(
-        nvme_dir, num_chunks=4, format=format, device=make_device(), **changes
-    ) as rig:
+    with make_rig(nvme_dir, num_chunks=4, format=format, device=make_device(), **changes) as rig:
         reference = [Twin(row, format) for row in rig.masters]
         free = rig.num_free()[1]
         for step in range(1, 4):
@@ -283,7 +279,7 @@ def ram_only(budget: int) -> dict[str, object]:
 
 
 def test_accumulation_that_does_not_fit_says_how_much_is_missing(nvme_dir: Path) -> None:
-    """Everything in RAM, and no room for the low halves: a budget larger by the named bytes works."""
+    """Everything in RAM, and no room for low halves: a budget larger by the named bytes works."""
     with make_rig(nvme_dir, **ram_only(1 << 30)) as rig:
         needed = rig.engine.plan.slab_nbytes
         (pool,) = rig.engine.plan.pools

@@ -1,9 +1,8 @@
-"""How weights move in: from RAM, from initialisers, from safetensors; bit for bit, and all or nothing."""
+"""How weights move in: from RAM, from initialisers, from safetensors; all or nothing, by bits."""
 
 import json
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def compute_bits(engine: Any) -> dict[str, str]:
 
 
 def rounded(tensor: Tensor, format: str) -> Tensor:
-    """The weight that compute sees, of an fp32 value: half away from zero, not torch's half to even."""
+    """The weight that compute sees: ties away from zero, not to even as torch rounds."""
     if format == "fp32":
         return tensor.float()
     shifted = (tensor.float().view(torch.int32) + 0x8000) >> 16
@@ -175,9 +174,7 @@ def test_a_failure_beside_the_move_loses_no_weight(
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_initialised_weights_do_not_depend_on_the_placement(
-    placement: str, nvme_dir: Path
-) -> None:
+def test_initialised_weights_do_not_depend_on_the_placement(placement: str, nvme_dir: Path) -> None:
     """Hugging Face's own initialisation: norms are ones, matrices have the config's deviation."""
     records = []
     for where in ("ram", placement):
@@ -223,7 +220,9 @@ SPLIT = pytest.mark.xfail(
         pytest.param(ZOO["bert"].build, marks=SPLIT),
     ],
 )
-def test_every_parameter_is_initialised_once(build: Callable[[], nn.Module], nvme_dir: Path) -> None:
+def test_every_parameter_is_initialised_once(
+    build: Callable[[], nn.Module], nvme_dir: Path
+) -> None:
     """Also where the weight of a module is large and its bias is among the little tensors."""
     torch.manual_seed(3)
     plain = build()
@@ -322,15 +321,14 @@ def test_a_folder_of_the_base_model_fits_the_whole_one(tmp_path: Path, nvme_dir:
             assert bits(master(engine.state(name))) == bits(p), name
 
 
-@contextmanager
-def broken(folder: Path, scratch: Path, change: Callable[[dict[str, Tensor]], None]) -> Iterator[Path]:
+def broken(folder: Path, scratch: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     """A copy of a single-file checkpoint whose tensors were changed."""
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, scratch / "model.safetensors")
-    yield scratch
+    return scratch
 
 
 NAME = "model.layers.2.mlp.up_proj.weight"
@@ -347,7 +345,10 @@ def reshape(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(drop, f"no tensor for parameter {NAME}"), (reshape, rf"{NAME} has shape \(64, {HIDDEN - 1}\)")],
+    [
+        (drop, f"no tensor for parameter {NAME}"),
+        (reshape, rf"{NAME} has shape \(64, {HIDDEN - 1}\)"),
+    ],
 )
 def test_wrong_checkpoints_are_named(
     change: Callable[[dict[str, Tensor]], None],
@@ -358,9 +359,9 @@ def test_wrong_checkpoints_are_named(
 ) -> None:
     """And a second try with a right one works on the same model."""
     model = on_meta(LLAMA.build)
-    with broken(checkpoints["single"], tmp_path, change) as folder:
-        with pytest.raises(StateError, match=message):
-            offload.offload(model, policy_of(nvme_dir), weights=folder)
+    folder = broken(checkpoints["single"], tmp_path, change)
+    with pytest.raises(StateError, match=message):
+        offload.offload(model, policy_of(nvme_dir), weights=folder)
     with offload.offload(model, policy_of(nvme_dir), weights=checkpoints["single"]) as engine:
         want = dict(LLAMA.make_model().named_parameters())
         assert bits(master(engine.state(NAME))) == bits(want[NAME])

@@ -1,4 +1,4 @@
-"""How a model is cut: every parameter in one chunk, every module with weights knows which it needs."""
+"""How a model is cut: every parameter in one chunk, and every module knows which it needs."""
 
 from collections import Counter
 
@@ -59,7 +59,7 @@ def test_every_parameter_is_in_one_chunk(name: str, small_numel: int) -> None:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_every_module_knows_where_its_weights_are(name: str) -> None:
-    """A module outside of blocks needs exactly the chunks of its own parameters; a block its own."""
+    """A module outside of blocks needs the chunks of its own parameters, a block its own one."""
     model = ZOO[name].make_model()
     with small_units(1024):
         parts = partition(model)

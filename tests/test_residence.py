@@ -87,7 +87,7 @@ def test_what_is_never_used_goes_first(rig: Rig) -> None:
     assert ask(rig, 3, demand=False) == {2}
 
 
-@pytest.mark.parametrize("how", ["used", "wanted", "uploading", *"reading updating".split()])
+@pytest.mark.parametrize("how", ["used", "wanted", "uploading", "reading", "updating"])
 def test_what_is_needed_now_keeps_its_slot(how: str, rig: Rig) -> None:
     follow(rig, [3, 0, 1, 2, 4])
     for index in (0, 1, 2):

@@ -129,7 +129,7 @@ def test_count_loads_is_the_least_possible(order: tuple[int, ...], num_slots: in
 @pytest.mark.parametrize("num_chunks", [1, 2, 5, 9])
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 9])
 def test_there_and_back_repeats_every_cycle(num_chunks: int, num_slots: int) -> None:
-    """The turning points cost nothing and each slot saves one read on the way back: no cycle differs."""
+    """The turning points cost nothing, and each slot saves one read on either way."""
     order = default_order(range(num_chunks))
     loads = sum(count_loads(order, num_slots).values())
     assert loads == max(0, 2 * (num_chunks - num_slots))

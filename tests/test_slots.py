@@ -1,4 +1,4 @@
-"""The slab and its slots: every byte belongs to one region, and slots go round without allocating."""
+"""The slab and its slots: every byte is in one region, and slots go round without allocating."""
 
 import mmap
 import random

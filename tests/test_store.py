@@ -60,7 +60,7 @@ def move(queue: io.IoQueue, op: int, files: ChunkStore, extent: Extent, address:
 
 
 def test_planes_come_back_from_three_drives(nvme_dir: Path) -> None:
-    """Each plane reads back whole, whatever was written around it, and lies where its extent says."""
+    """Each plane reads back whole, whatever was written around it, from where its extent says."""
     paths, sizes = make_paths(nvme_dir, 3), [40 * KIB, 4 * KIB, 1000 * KIB, 12 * KIB]
     files = ChunkStore(paths)
     extents = [files.allocate(nbytes) for nbytes in sizes]
@@ -181,7 +181,7 @@ def test_another_process_keeps_its_folder_until_it_dies(nvme_dir: Path) -> None:
 def test_a_lock_file_that_its_holder_removes_is_no_lock(
     nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening the file and locking it, its last holder may have removed it: lock the new one."""
+    """Between open and lock its last holder may have removed the file: lock the new one."""
     calls, flock = [], fcntl.flock
 
     def late_flock(fd: int, how: int) -> None:
@@ -216,7 +216,7 @@ def test_a_missing_folder_is_made(nvme_dir: Path) -> None:
 def test_a_drive_that_refuses_is_named(
     call: str, code: str, nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second of two drives fails: the error has its path and a remedy, the first is left clean."""
+    """The second of two drives fails: the error names it and a remedy; the first is left clean."""
     number = getattr(store.errno, code)
     good, bad = make_paths(nvme_dir, 2)
     original = getattr(os, call)
