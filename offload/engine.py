@@ -38,7 +38,11 @@ from offload.transfer import Device
 from offload.update import UpdatePipeline, apply_in_ram
 
 PREFETCH_DISTINCT = 4  # how many chunks ahead of use the engine looks for something to start
-_BUSY = (Residency.READING, Residency.UPLOADING, Residency.UPDATING)
+_CAUSES = {
+    Residency.READING: Link.READ.value,
+    Residency.UPLOADING: Link.H2D.value,
+    Residency.UPDATING: UPDATE,
+}
 
 
 class Engine:
@@ -110,7 +114,7 @@ class Engine:
             if chunk.num_users == 0 and chunk.override is None:
                 chunk.check_unbound()
                 self._bring(chunk)
-                chunk.bind(self._device_weight(chunk))
+                chunk.bind(self.bound_weight(index))
             chunk.num_users += 1
 
     def _bring(self, chunk: Chunk) -> None:
@@ -140,7 +144,9 @@ class Engine:
                 chunk.gpu_slot.free_event = self.device.compute_event()
             self.poll()
 
-    def _device_weight(self, chunk: Chunk) -> torch.Tensor:
+    def bound_weight(self, index: int) -> torch.Tensor:
+        """The flat weight plane (numel,) of a chunk in use, on the compute device."""
+        chunk = self.chunks[index]
         dtype = self.plan.fmt.weight_dtype
         if self.device.is_host:
             region = chunk.host_weight()
@@ -151,36 +157,29 @@ class Engine:
             raise StateError(f"chunk {chunk.name} is bound without a GPU slot.")
         return chunk.gpu_slot.tensor[: chunk.spec.numel * dtype.itemsize].view(dtype)
 
-    def bound_weight(self, index: int) -> torch.Tensor:
-        """The flat weight plane (numel,) of a chunk in use, on the compute device."""
-        return self._device_weight(self.chunks[index])
-
     def locate(self, address: int) -> tuple[int, int] | None:
         """Which chunk in use has `address` in its weights: (chunk index, byte offset), or None."""
         if self.device.is_host and not 0 <= address - self.slab.address < self.slab.nbytes:
             return None
         for chunk in self.chunks:
             if chunk.num_users and chunk.override is None:
-                start = self._device_weight(chunk).data_ptr()
+                start = self.bound_weight(chunk.spec.index).data_ptr()
                 if start <= address < start + chunk.spec.nbytes(Plane.WEIGHT, self.plan.fmt):
                     return chunk.spec.index, address - start
         return None
 
     # ---- the way up ----
 
-    @property
-    def _target(self) -> Residency:
-        return Residency.CPU if self.device.is_host else Residency.GPU
-
     def _ready(self, chunk: Chunk) -> bool:
-        return chunk.residency is self._target and chunk.update is None
+        target = Residency.CPU if self.device.is_host else Residency.GPU
+        return chunk.residency is target and chunk.update is None
 
     def fetch(self, chunk: Chunk, *, demand: bool) -> bool:
         """Start the next stage of the way up and return; False where no slot is to be had.
 
         With `demand` it waits for a slot, and raises StateError where none can ever come free.
         """
-        if self._ready(chunk) or chunk.residency in _BUSY:
+        if self._ready(chunk) or chunk.residency in _CAUSES:
             return True
         if chunk.update is not None:
             return self._start_update(chunk, keep=True, demand=demand)
@@ -203,15 +202,7 @@ class Engine:
                 self._adopt_upload(chunk, chunk.upload)
                 self.stats.stalled(Link.H2D.value, time.perf_counter() - start)
             elif not self._ready(chunk):
-                self.block(self._cause(chunk))
-
-    def _cause(self, chunk: Chunk) -> str:
-        causes = {
-            Residency.READING: Link.READ.value,
-            Residency.UPLOADING: Link.H2D.value,
-            Residency.UPDATING: UPDATE,
-        }
-        return causes.get(chunk.residency, UPDATE)
+                self.block(_CAUSES.get(chunk.residency, UPDATE))
 
     def _start_read(self, chunk: Chunk, *, demand: bool) -> bool:
         slot = self._weight_slot(chunk, demand=demand)
@@ -310,8 +301,8 @@ class Engine:
     def update_now(self, index: int, ops: bytes) -> None:
         """Start the update of a chunk whose gradient is complete (eager)."""
         chunk = self.chunks[index]
-        while chunk.residency in _BUSY:
-            self.block(self._cause(chunk))
+        while chunk.residency in _CAUSES:
+            self.block(_CAUSES.get(chunk.residency, UPDATE))
         chunk.update = Update(ops)
         self._start_update(chunk, keep=False, demand=True)
 
@@ -381,8 +372,8 @@ class Engine:
         """
         while chunk.update is not None:
             if not chunk.update.started:
-                while chunk.residency in _BUSY:
-                    self.block(self._cause(chunk))
+                while chunk.residency in _CAUSES:
+                    self.block(_CAUSES.get(chunk.residency, UPDATE))
                 self._start_update(chunk, keep=False, demand=True)
             if not wait:
                 return
@@ -390,8 +381,8 @@ class Engine:
 
     def invalidate(self, chunk: Chunk) -> None:
         """Forget every copy of a chunk's weights but the one at rest, which will be written."""
-        while chunk.residency in _BUSY:
-            self.block(self._cause(chunk))
+        while chunk.residency in _CAUSES:
+            self.block(_CAUSES.get(chunk.residency, UPDATE))
         self.residence.drop_gpu(chunk)
         if chunk.slot is not None:
             self.residence.drop_host(chunk)

@@ -32,6 +32,8 @@ class Gradients:
     def __init__(self, engine: Engine, *, eager: bool) -> None:
         self.engine = engine
         self.eager = eager
+        self.loss_finite = True  # of the backward that runs
+        self._tainted = False  # something landed from a loss that was not finite
         self.mode_chosen = False  # `auto` has decided
         self.ops_of: OpsOf | None = None
         self.num_backwards = 0  # since the last step
@@ -57,6 +59,7 @@ class Gradients:
             chunk = self.engine.chunks[index]
             name = chunk.spec.params[position].name
             self._check(chunk, name, grad)
+            self._tainted = self._tainted or not self.loss_finite
             gradient = chunk.gradient or self._begin(chunk)
             self._bring_back(chunk, gradient)
             mode = self._mode(gradient, position, graph_task, split=split)
@@ -289,7 +292,7 @@ class Gradients:
         step().
         """
         self.settle()
-        total = 0.0
+        total = math.nan if self._tainted else 0.0
         for chunk in self.engine.chunks:
             squares = self._sums.get(chunk.spec.index, {})
             for position in sorted(squares):
@@ -323,6 +326,13 @@ class Gradients:
                         "has been updated with it. Lower the learning rate, or call zero_grad() to "
                         "skip this step."
                     )
+        if self._tainted:
+            raise NumericsError(
+                "backward() ran from a loss that is NaN or Inf: the numbers overflowed, or code "
+                "read a "
+                "weight outside its module's forward (see engine.gathered). No weight has been "
+                "updated with it. Call zero_grad() to skip this step."
+            )
 
     def zero(self) -> None:
         """Drop everything that has landed and has not been given to an update."""
@@ -339,6 +349,7 @@ class Gradients:
                     self.engine.block(UPDATE)
                 self.engine.release_gradient(chunk)
             self._sums.clear()
+            self._tainted = False
             self.must_zero = False
             self.num_backwards = 0
 
@@ -346,6 +357,7 @@ class Gradients:
         """step() has taken the gradients."""
         self._updated.clear()
         self._sums.clear()
+        self._tainted = False
         self.num_backwards = 0
         self.must_zero = True
 

@@ -39,6 +39,8 @@ class Owner(Protocol):
         self, params: Sequence[torch.Tensor], max_norm: float, total: torch.Tensor
     ) -> None: ...
 
+    def note_loss(self, *, finite: bool) -> None: ...
+
     def attach(self, optimizer: Any) -> None: ...
 
     def optimizer_step(self, optimizer: Any) -> None: ...
@@ -86,7 +88,31 @@ def _install() -> None:
     _replace(_utils, "get_total_norm", _route_norm)
     _replace(_utils, "clip_grads_with_norm_", _route_scaling)
     _replace(_clip_grad, "_group_tensors_by_device_and_dtype", _refuse_values)
+    _replace(torch.autograd, "backward", _watch_loss)
     _hooks.append(register_optimizer_step_pre_hook(_refuse_foreign_step))
+
+
+def _watch_loss(original: Any) -> Any:
+    """A NaN loss can have finite gradients (an L1 penalty on absent weights): look at it too."""
+
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        roots = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        bad = any(_is_bad_loss(root) for root in roots if isinstance(root, torch.Tensor))
+        for owner in _owners if bad else ():
+            owner.note_loss(finite=False)
+        try:
+            original(roots, *args, **kwargs)
+        finally:
+            for owner in _owners if bad else ():
+                owner.note_loss(finite=True)
+
+    return backward
+
+
+def _is_bad_loss(root: torch.Tensor) -> bool:
+    """Only where asking costs nothing: on a GPU the answer would stall the stream."""
+    cheap = root.numel() == 1 and root.device.type == "cpu" and root.is_floating_point()
+    return cheap and not bool(root.isfinite())
 
 
 def _refuse_foreign_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -309,6 +309,10 @@ class Session:
     def owns(self, param: torch.Tensor) -> bool:
         return id(param) in getattr(self, "_places", {})
 
+    def note_loss(self, *, finite: bool) -> None:
+        """Backward runs from a loss that is not finite, or is over."""
+        self.gradients.loss_finite = finite
+
     def has_gradients(self) -> bool:
         return bool(self.gradients.contributors())
 
