@@ -3,14 +3,17 @@
 with offload.offload(model, "tiers.yaml") as engine:
     optimizer = offload.AdamW(model.parameters(), lr=2e-5)
     ...
+
+torch is imported at first use, not here: the command line's --help is then instant, and can still
+say how OpenMP's threads shall wait.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from offload.errors import (
     BudgetError,
@@ -20,22 +23,30 @@ from offload.errors import (
     StateError,
     StorageError,
 )
-from offload.optim import AdamW
-from offload.plan import Plan
 from offload.policy import OffloadPolicy, load_policy
-from offload.pretrained import meta_model
-from offload.session import Session
-from offload.session import plan_for as _plan_for
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from offload.optim import AdamW
+    from offload.plan import Plan
+    from offload.session import Session
 
 __version__ = "0.1.0"
 PolicySource = str | Path | Mapping[str, object] | OffloadPolicy
+_AT_FIRST_USE = {"AdamW": "offload.optim", "Plan": "offload.plan", "Session": "offload.session"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _AT_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_AT_FIRST_USE[name]), name)
 
 
 def offload(
     model: nn.Module, policy: PolicySource, *, weights: str | Path | None = None
 ) -> Session:
-    """Move a model's parameters into the tiers that `policy` describes; use the result as a context
-    manager.
+    """Move a model's parameters into the tiers that `policy` describes; a context manager.
 
     `weights` says where a model on meta gets its weights: "init" runs its modules' own initialisers
     chunk by chunk, a folder is read as Hugging Face safetensors. Parameter objects stay the same.
@@ -43,22 +54,28 @@ def offload(
     Raises PolicyError (a key), BudgetError (does not fit), StorageError (a path), StateError (the
     model).
     """
+    from offload.session import Session
+
     return Session(model, load_policy(policy), weights)
 
 
 def load_pretrained(path: str | Path, policy: PolicySource) -> Session:
-    """Build the model of a Hugging Face folder on meta and read its weights straight into the
-    tiers.
+    """Build the model of a Hugging Face folder on meta; its weights go straight to the tiers.
 
     The model is `.model` of the result. Needs transformers. RAM use is that of the tiers, never of
     the model.
     """
+    from offload.pretrained import meta_model
+    from offload.session import Session
+
     return Session(meta_model(Path(path)), load_policy(policy), path)
 
 
 def plan_for(model: nn.Module, policy: PolicySource) -> Plan:
-    """What offload() would do with this model (it may be on meta); takes no memory and no files."""
-    return _plan_for(model, load_policy(policy))
+    """What offload() would do with this model (it may be on meta); takes no memory, no files."""
+    from offload.session import plan_for
+
+    return plan_for(model, load_policy(policy))
 
 
 __all__ = [

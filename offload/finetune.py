@@ -125,8 +125,7 @@ def load_finetune(
     if config.optimizer.update == "eager" and not config.steps_alone:
         raise PolicyError(
             "optimizer.update: eager updates a weight as soon as its gradient lands, which rules "
-            "out "
-            "train.clip and train.accumulation above 1. Set optimizer.update to auto or deferred."
+            "out train.clip and train.accumulation above 1. Set optimizer.update to auto or deferred."
         )
     return config
 
@@ -195,6 +194,7 @@ class _Job:
             engine.export(scratch)
             source.tokenizer.save_pretrained(scratch)
             self._say_memory(engine, baseline_nbytes)
+            engine.close(give_back=False)  # the export has the weights
         self.reporter.say("reloaded", f"by transformers: {run_child('check', scratch)}")
         replace_model(folder, scratch)
         self.reporter.say("saved", f"the trained model is in {folder}")

@@ -203,26 +203,23 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, str] = {}
-        self._open: dict[str, Any] = {}
         index = folder / "model.safetensors.index.json"
         if index.exists():
             self._files = json.loads(index.read_text())["weight_map"]
         elif (folder / "model.safetensors").exists():
-            self._files = {
-                key: "model.safetensors" for key in list(self._handle("model.safetensors").keys())
-            }  # noqa: SIM118
+            with self._opened("model.safetensors") as shard:
+                self._files = dict.fromkeys(shard.keys(), "model.safetensors")
         else:
             raise StateError(
                 f"{folder} holds no model.safetensors and no model.safetensors.index.json; "
                 "save the model with save_pretrained() first."
             )
 
-    def _handle(self, file: str) -> Any:
-        if file not in self._open:
-            from safetensors import safe_open
+    def _opened(self, file: str) -> Any:
+        """Open a shard anew for every tensor: its mapped pages count as ours until it is closed."""
+        from safetensors import safe_open
 
-            self._open[file] = safe_open(self.folder / file, framework="pt")
-        return self._open[file]
+        return safe_open(self.folder / file, framework="pt")
 
     def find(self, names: Sequence[str]) -> str:
         """The first of a parameter's names that the folder has."""
@@ -237,7 +234,8 @@ class SafetensorsFolder:
 
     def read(self, name: str, target: torch.Tensor) -> None:
         """Copy one tensor into `target` (same shape, any float dtype)."""
-        tensor = self._handle(self._files[name]).get_tensor(name)
+        with self._opened(self._files[name]) as shard:
+            tensor = shard.get_tensor(name)
         if tensor.shape != target.shape:
             raise StateError(
                 f"{self.folder}: tensor {name} has shape {tuple(tensor.shape)}, the model wants "

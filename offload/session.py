@@ -422,15 +422,17 @@ class Session:
         if self._closed:
             raise StateError("this engine is closed; offload the model again.")
 
-    def close(self) -> None:
+    def close(self, *, give_back: bool = True) -> None:
         """Finish updates, give the weights back to the model where RAM allows, remove the files.
-        Idempotent.
+
+        With give_back=False the model keeps placeholders. Idempotent.
         """
         if self._closed:
             return
         try:
             self._engine.flush()
-            self._give_back()
+            if give_back:
+                self._give_back()
         finally:
             self._shut()
 
