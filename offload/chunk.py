@@ -101,6 +101,7 @@ class Gradient:
     spilled: bool = False
     moving: bool = False  # a spill or its way back is in flight
     sum_squares: dict[int, float] = dataclasses.field(default_factory=dict)  # by parameter position
+    accumulated: set[int] = dataclasses.field(default_factory=set)  # over several backwards
     graph_task: dict[int, int] = dataclasses.field(
         default_factory=dict
     )  # the backward that landed last
@@ -172,7 +173,7 @@ class Chunk:
     def make_placeholders(self, dtype: torch.dtype, device: torch.device) -> None:
         """One element, expanded: a use of absent weights shows as NaN, not as a wrong number."""
         self._placeholders = [
-            torch.full((1,), float("nan"), dtype=dtype, device=device).expand(param.shape)
+            torch.full((), float("nan"), dtype=dtype, device=device).expand(param.shape)
             for param in self.spec.params
         ]
 

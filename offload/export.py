@@ -38,11 +38,18 @@ def export_model(
     weight_map: dict[str, str] = {}
     files: list[tuple[Path, list[str]]] = []
     total = 0
-    for number, tensors in enumerate(_shards(model, chunks, read, shard_nbytes)):
-        path = folder / f".shard-{number}.tmp"
-        save_file(tensors, path, metadata={"format": "pt"})
-        files.append((path, list(tensors)))
-        total += sum(tensor.nbytes for tensor in tensors.values())
+    try:
+        for number, tensors in enumerate(_shards(model, chunks, read, shard_nbytes)):
+            path = folder / f".shard-{number}.tmp"
+            files.append((path, list(tensors)))
+            save_file(tensors, path, metadata={"format": "pt"})
+            total += sum(tensor.nbytes for tensor in tensors.values())
+    except BaseException:
+        for path, _ in files:
+            path.unlink(missing_ok=True)
+        raise
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()  # a reader would prefer a single file of an earlier export to these shards
     for number, (path, names) in enumerate(files):
         final = _shard_name(number, len(files))
         os.replace(path, folder / final)
@@ -60,7 +67,6 @@ def _shard_name(number: int, count: int) -> str:
 
 def _write_index(folder: Path, weight_map: dict[str, str], total: int, *, sharded: bool) -> None:
     index = folder / "model.safetensors.index.json"
-    index.unlink(missing_ok=True)
     if sharded:
         content = {"metadata": {"total_size": total}, "weight_map": weight_map}
         index.write_text(json.dumps(content, indent=1, sort_keys=True))

@@ -125,7 +125,7 @@ def load_finetune(
     if config.optimizer.update == "eager" and not config.steps_alone:
         raise PolicyError(
             "optimizer.update: eager updates a weight as soon as its gradient lands, which rules "
-            "out train.clip and train.accumulation above 1. Set optimizer.update to auto or deferred."
+            "out train.clip and train.accumulation above 1. Set it to auto or deferred."
         )
     return config
 

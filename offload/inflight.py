@@ -142,17 +142,29 @@ class InFlight:
     def _collect_io(self, timeout_s: float) -> None:
         if self._queue is None:
             return
-        for done in self._queue.wait(timeout_s) if timeout_s else self._queue.poll():
-            self._num_moving -= 1
-            self._finish(done.tag, done.result, done.fd, done.offset, done.seconds)
+        rows = self._queue.wait(timeout_s) if timeout_s else self._queue.poll()
+        self._num_moving -= len(rows)
+        self._finish_all([(d.tag, d.result, d.fd, d.offset, d.seconds, "") for d in rows])
 
     def _collect_updates(self, timeout_s: float) -> None:
-        for done in self._pipeline.wait(timeout_s) if timeout_s else self._pipeline.poll():
-            self._num_updating -= 1
+        rows = self._pipeline.wait(timeout_s) if timeout_s else self._pipeline.poll()
+        self._num_updating -= len(rows)
+        for done in rows:
             self.stats.moved(Link.READ, done.read_nbytes, 0.0)
             self.stats.moved(Link.WRITE, done.write_nbytes, 0.0)
             self.stats.updated(done.kernel_seconds)
-            self._finish(done.tag, done.result, done.fd, done.offset, 0.0, lane=UPDATE)
+        self._finish_all([(d.tag, d.result, d.fd, d.offset, 0.0, UPDATE) for d in rows])
+
+    def _finish_all(self, rows: Sequence[tuple[int, int, int, int, float, str]]) -> None:
+        """Tell everybody, also behind one that fails; the first error is raised when all know."""
+        errors: list[BaseException] = []
+        for tag, result, fd, offset, seconds, lane in rows:
+            try:
+                self._finish(tag, result, fd, offset, seconds, lane=lane)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _collect_copies(self, *, block: bool) -> None:
         for transfer in [t for t in self._transfers.values() if t.event is not None]:
@@ -160,7 +172,8 @@ class InFlight:
             if event is not None and block:
                 event.synchronize()
             if event is not None and event.query():
-                self._finish(transfer.tag, 0, -1, -1, time.perf_counter() - transfer.start)
+                seconds = time.perf_counter() - transfer.start
+                self._finish(transfer.tag, 0, -1, -1, seconds)
 
     def _finish(
         self, tag: int, result: int, fd: int, offset: int, seconds: float, *, lane: str = ""

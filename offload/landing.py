@@ -105,8 +105,10 @@ class Gradients:
     def _mode(self, gradient: Gradient, position: int, graph_task: int, *, split: bool) -> LandMode:
         if position not in gradient.sum_squares and position not in gradient.graph_task:
             return LandMode.SET
-        if gradient.graph_task[position] == graph_task and not split:
+        same = gradient.graph_task[position] == graph_task
+        if same and not split and position not in gradient.accumulated:
             return LandMode.ACCUMULATE_IN_DTYPE
+        gradient.accumulated.add(position)
         return LandMode.ACCUMULATE_FP32
 
     def _ensure_low_half(self, chunk: Chunk, gradient: Gradient) -> None:

@@ -6,9 +6,10 @@ All three fill one chunk at a time straight into its planes, so a model need nev
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,25 @@ def from_initialisers(engine: Engine, model: nn.Module) -> None:
         for param, _ in _pairs(chunk):
             param.data = values[id(param)]
         for name, module in _modules_of(chunk, owners):
-            _initialise(model, name, module)
+            with _rest_real(module):
+                _initialise(model, name, module)
         fill_chunk(engine, chunk, _copy_from({s: p.data for p, s in _pairs(chunk)}))
         chunk.unbind()
     materialise_buffers(model)
+
+
+@contextlib.contextmanager
+def _rest_real(module: nn.Module) -> Iterator[None]:
+    """An initialiser sets all parameters of its module; those of other chunks get memory for it."""
+    absent = [p for p in module.parameters() if p.numel() > 1 and p.untyped_storage().nbytes() < 16]
+    before = [param.data for param in absent]
+    for param in absent:
+        param.data = torch.empty(param.shape, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        for param, data in zip(absent, before, strict=True):
+            param.data = data
 
 
 def _pairs(chunk: Chunk) -> list[tuple[nn.Parameter, ParamSpec]]:

@@ -23,7 +23,7 @@ from offload.update import tile_buffer_nbytes
 WEIGHT_SLOTS_TARGET = 3  # one in use, one arriving, one being updated
 GRAD_SLOTS_TARGET = 3  # one landing, two waiting for the update worker
 _CLASS_RATIO = 0.6  # a chunk joins the class of a larger one if it fills this share of the slot
-_MIN_TILE_NUMEL = 65536
+_MIN_TILE_NUMEL = 16384
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,8 +255,9 @@ class _Planner:
     def _ram_only(self, *, extra_lo: bool) -> Plan:
         pinned = frozenset((s.index, p) for s in self.specs for p in s.state_planes(self.fmt))
         per_chunk = len(self.fmt.grad_planes) if extra_lo else 1
+        bounce = 0 if self.host_compute else 1
         pools = tuple(
-            self._pool(members, weight=0, grad=per_chunk * self._num_trainable(members))
+            self._pool(members, weight=0, grad=per_chunk * self._num_trainable(members) + bounce)
             for members in self._classes()
         )
         return self._base(pools=pools, pinned=pinned, grads_resident=True, uses_nvme=False)
