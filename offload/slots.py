@@ -47,7 +47,7 @@ class Slab:
         self._used_nbytes = 0
         self.arenas: dict[str, int] = {}
         # Twice the page size more, so that the first region can start on a huge page.
-        # Private: Python's default is shared memory, which gets no huge pages and is not given back.
+        # Private: Python's default is shared memory, which gets no huge pages, is not given back.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._mapping = mmap.mmap(-1, self.nbytes + HUGE_PAGE_NBYTES, flags=flags)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))

@@ -70,6 +70,7 @@ def plain(name: str, recipe: Recipe, format: str) -> Result:
     [
         ("llama", "exact", "nvme", "eager"),
         ("llama", "exact", "oneslot", "deferred"),
+        ("llama", "exact", "ram", "deferred"),
         ("mixtral", "exact", "mixed", "eager"),
         ("shared_layer", "fp32", "oneslot", "eager"),
         ("t5", "fp32", "mixed", "deferred"),

@@ -52,7 +52,7 @@ def job(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         "output": {"folder": str(tmp_path / "out"), "sample_tokens": 4},
         "tiers": {
             "gpu": {"device": "cpu"},
-            "cpu": {"budget": "4MiB"},
+            "cpu": {"budget": "4MiB", "pin": False},
             "nvme": {"paths": [str(tmp_path / "tiers")]},
         },
     }
@@ -198,7 +198,7 @@ def test_losses_do_not_depend_on_where_things_lie(tmp_path: Path) -> None:
     for number, tiers in enumerate(
         [
             {"cpu": {"budget": "1GiB"}},
-            {"cpu": {"budget": "4MiB"}, "nvme": {"paths": [str(tmp_path / "tiers")]}},
+            {"cpu": {"budget": "4MiB", "pin": False}, "nvme": {"paths": [str(tmp_path / "tiers")]}},
         ]
     ):
         out = tmp_path / f"out{number}"

@@ -245,21 +245,12 @@ def test_the_first_of_two_errors_stays() -> None:
     assert bench.log.names == ["a", "b"] and str(bench.flight.failure).startswith("moving a")
 
 
-LOST = pytest.mark.xfail(
-    strict=True, raises=(Stuck, AssertionError), reason="what completes beside an error is dropped"
-)
-
-
 @pytest.mark.parametrize("source", ["io", "update", "copy"])
 @pytest.mark.parametrize("ending", ["drain", "close"])
-def test_an_error_does_not_lose_what_completed_with_it(
-    source: str, ending: str, request: pytest.FixtureRequest
-) -> None:
+def test_an_error_does_not_lose_what_completed_with_it(source: str, ending: str) -> None:
     """Two completions in one batch, the first an error: the second must still be told, or the end
     waits for it for ever.
     """
-    if source != "copy":
-        request.applymarker(LOST)
     bench = Bench()
     if source == "io":
         for result, name in ((-5, "a"), (8, "b")):

@@ -206,18 +206,13 @@ def test_buffers_on_meta_come_back(nvme_dir: Path) -> None:
         assert {name: bits(buffer) for name, buffer in model.named_buffers()} == want and want
 
 
-SPLIT = pytest.mark.xfail(
-    strict=True, reason="a module whose parameters lie in two chunks cannot be initialised"
-)
-
-
 @pytest.mark.parametrize(
     "build",
     [
         ConvNet,
-        pytest.param(LinearListMLP, marks=SPLIT),
-        pytest.param(SharedLayerMLP, marks=SPLIT),
-        pytest.param(ZOO["bert"].build, marks=SPLIT),
+        LinearListMLP,
+        SharedLayerMLP,
+        ZOO["bert"].build,
     ],
 )
 def test_every_parameter_is_initialised_once(

@@ -15,7 +15,7 @@ from offload.formats import FORMATS, Plane
 from offload.plan import PoolSpec
 from offload.residence import GpuPool, carve_pools
 from offload.slots import Slab
-from offload.tier import Residency
+from offload.tier import Link, Residency
 from offload.transfer import HostDevice, StandinDevice, StandinEvent
 
 NUM_CHUNKS = 5
@@ -271,6 +271,17 @@ def test_random_uses_see_their_own_weights(where: str, weight_slots: int, nvme_d
         holders = [chunk for chunk in rig.chunks if chunk.slot is not None]
         assert len(holders) + rig.num_free()[0] == weight_slots
         assert all(bool(p.isnan().all()) for chunk in rig.chunks for p in chunk.params)
+
+
+def test_prefetch_leaves_what_is_about_to_be_used(nvme_dir: Path) -> None:
+    """One slot, and the present chunk in it: what comes next must not take it before it is bound."""
+    with make_rig(nvme_dir, tiers__cpu__weight_slots=1) as rig:
+        for _ in range(3):
+            rig.engine.enter(0, record=True)
+            rig.engine.leave(0)
+        events = rig.engine.timeline.events()
+        reads = [event.name for event in events if event.kind == Link.READ.value]
+        assert reads == ["c0"]
 
 
 def test_more_chunks_at_once_than_slots_is_refused(rig: Rig) -> None:

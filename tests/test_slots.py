@@ -15,9 +15,6 @@ from offload.errors import BudgetError, StateError
 from offload.slots import HUGE_PAGE_NBYTES, POISON, Region, Slab, SlotPool, round_up
 
 PAGE = mmap.PAGESIZE
-SHARED = pytest.mark.xfail(
-    strict=True, reason="the mapping is shared memory: no huge pages, and close() frees nothing"
-)
 
 
 @given(st.integers(0, 1 << 40), st.integers(1, 1 << 24))
@@ -99,7 +96,6 @@ def smaps_kib(address: int, field: str) -> int:
 
 
 @pytest.mark.skipif(not huge_pages_on_advice(), reason="this kernel gives no huge pages on advice")
-@SHARED
 def test_the_slab_lies_on_huge_pages() -> None:
     """The drive's requests are then not split at every 4 KiB page; see the module's first lines."""
     slab = Slab(32 << 20)
@@ -109,7 +105,6 @@ def test_the_slab_lies_on_huge_pages() -> None:
     assert huge >= 16 << 10  # half: the kernel may be short of them
 
 
-@SHARED
 def test_tensors_outlive_the_slab_as_zeros() -> None:
     slab = Slab(PAGE)
     kept = slab.carve("a", PAGE).view(torch.float32, 8)
