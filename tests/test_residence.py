@@ -274,7 +274,7 @@ def test_random_uses_see_their_own_weights(where: str, weight_slots: int, nvme_d
 
 
 def test_prefetch_leaves_what_is_about_to_be_used(nvme_dir: Path) -> None:
-    """One slot, and the present chunk in it: what comes next must not take it before it is bound."""
+    """One slot and the present chunk in it: what comes next must not take it before it is bound."""
     with make_rig(nvme_dir, tiers__cpu__weight_slots=1) as rig:
         for _ in range(3):
             rig.engine.enter(0, record=True)

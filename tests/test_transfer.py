@@ -160,6 +160,53 @@ def test_weights_in_use_equal_those_on_the_host(nvme_dir: Path) -> None:
     assert records[0] == records[1]
 
 
+class LateCopies(StandinDevice):
+    """As on CUDA, the host does not wait where compute does; copies up begin when `gate` opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = StandinEvent()
+        self.gate.set()
+
+    def h2d(self, target: Tensor, source: Tensor, after: DeviceEvent | None) -> DeviceEvent:
+        return super().h2d(target, source, self.gate)
+
+    def compute_waits(self, event: DeviceEvent) -> None:
+        """Nothing: compute is not asked for its results here."""
+
+
+@pytest.mark.xfail(
+    strict=True, reason="an update does not wait for a copy up that is still running"
+)
+@pytest.mark.parametrize("pinned", [False, True])
+def test_weights_are_not_updated_while_they_are_copied_up(pinned: bool, nvme_dir: Path) -> None:
+    """An evaluation between backward and step: its copy of the weights is still under way when the
+    update could begin to change them.
+    """
+    device = LateCopies()
+    changes = {"tiers__cpu": {"budget": "256MiB"}, "tiers__nvme": None} if pinned else {}
+    with make_rig(nvme_dir, device=device, **changes) as rig:
+        chunk = rig.chunks[0]
+        rig.land_all(0, seed=1)
+        rig.gradients.settle()
+        rig.engine.drain()
+        device.gate = StandinEvent()
+        rig.engine.enter(0, record=True)
+        region, slot = chunk.host_weight(), chunk.gpu_slot
+        assert region is not None and slot is not None
+        before = region.tensor.clone()
+        rig.engine.leave(0)
+        opening = threading.Timer(0.1, device.gate.set)
+        opening.start()
+        rig.engine.set_updates({0: rig.ops(0)})
+        rig.engine.flush()
+        opening.join()
+        rig.engine.drain()
+        assert bits(slot.tensor[: before.numel()]) == bits(before)
+        after = chunk.host_weight()
+        assert after is None or bits(after.tensor) != bits(before)
+
+
 # The other devices
 
 
