@@ -230,7 +230,7 @@ class Engine:
         while (slot := self.residence.gpu_slot(chunk, demand=demand)) is None:
             if not demand:
                 return False
-            self._block_or_refuse(f"a GPU slot for {chunk.name}", Link.H2D.value)
+            self._block_or_refuse(f"GPU slot for {chunk.name}", Link.H2D.value)
         region = chunk.host_weight()
         if region is None:
             raise StateError(f"chunk {chunk.name} is uploaded without a host copy.")
@@ -248,6 +248,12 @@ class Engine:
         self._flight.start_copy(Link.H2D, chunk.name, nbytes, event, finish, ())
         return True
 
+    def _release_device(self, chunk: Chunk) -> None:
+        """Give up the device's copy, once its copy engine no longer reads the host's."""
+        if chunk.upload is not None:
+            chunk.upload.synchronize()
+        self.residence.drop_gpu(chunk)
+
     def _adopt_upload(self, chunk: Chunk, event: DeviceEvent) -> None:
         """Let compute use the bytes as soon as the copy is done; the calling thread need not wait
         for it.
@@ -258,7 +264,7 @@ class Engine:
 
     def _weight_slot(self, chunk: Chunk, *, demand: bool) -> Slot | None:
         while (slot := self.residence.weight_slot(chunk, demand=demand)) is None and demand:
-            self._block_or_refuse(f"a host slot for {chunk.name}", UPDATE)
+            self._block_or_refuse(f"host slot for {chunk.name}", UPDATE)
         return slot
 
     def acquire_grad_slot(self, chunk: Chunk, spill_other: Callable[[], bool]) -> Slot:
@@ -267,7 +273,7 @@ class Engine:
             if self._flight:
                 self.block(UPDATE)
             elif not spill_other():
-                self._block_or_refuse(f"a gradient slot for {chunk.name}", UPDATE)
+                self._block_or_refuse(f"gradient slot for {chunk.name}", UPDATE)
         return slot
 
     # ---- updates ----
@@ -290,7 +296,7 @@ class Engine:
         on_device = not self.device.is_host
         if on_device:
             self.leave(index)
-            self.residence.drop_gpu(chunk)
+            self._release_device(chunk)
         arguments = plane_arguments(chunk, self.plan.fmt, self.store, fresh=False)
         addresses = [0 if argument is None else argument.address for argument in arguments]
         apply_in_ram(self.plan.fmt.native_code, chunk.spec.numel, addresses, ops)
@@ -319,7 +325,7 @@ class Engine:
             if not demand:
                 return True  # under way: the spill ends first
             self.block(Link.WRITE.value)
-        self.residence.drop_gpu(chunk)
+        self._release_device(chunk)
         fresh = keep and chunk.host_weight() is None
         if fresh:
             chunk.slot = self._weight_slot(chunk, demand=demand)
@@ -383,7 +389,7 @@ class Engine:
         """Forget every copy of a chunk's weights but the one at rest, which will be written."""
         while chunk.residency in _CAUSES:
             self.block(_CAUSES.get(chunk.residency, UPDATE))
-        self.residence.drop_gpu(chunk)
+        self._release_device(chunk)
         if chunk.slot is not None:
             self.residence.drop_host(chunk)
 
