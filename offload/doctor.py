@@ -12,7 +12,8 @@ import torch
 from offload import io, machine
 from offload.errors import OffloadError
 from offload.io import IoQueue
-from offload.progress import Reporter, short_nbytes
+from offload.policy import short_nbytes
+from offload.progress import Reporter
 from offload.slots import Slab
 from offload.store import SWAP_NAME, ChunkStore
 

@@ -157,17 +157,6 @@ class Engine:
             raise StateError(f"chunk {chunk.name} is bound without a GPU slot.")
         return chunk.gpu_slot.tensor[: chunk.spec.numel * dtype.itemsize].view(dtype)
 
-    def locate(self, address: int) -> tuple[int, int] | None:
-        """Which chunk in use has `address` in its weights: (chunk index, byte offset), or None."""
-        if self.device.is_host and not 0 <= address - self.slab.address < self.slab.nbytes:
-            return None
-        for chunk in self.chunks:
-            if chunk.num_users and chunk.override is None:
-                start = self.bound_weight(chunk.spec.index).data_ptr()
-                if start <= address < start + chunk.spec.nbytes(Plane.WEIGHT, self.plan.fmt):
-                    return chunk.spec.index, address - start
-        return None
-
     # ---- the way up ----
 
     def _ready(self, chunk: Chunk) -> bool:
@@ -488,6 +477,7 @@ class Engine:
         """An optimizer step is over: the order of uses is known, the statistics roll."""
         with self.lock:
             self.schedule.end_step()
+            self.timeline.instant("step", "end", "step")
             self.stats.roll()
 
     def drain(self) -> None:

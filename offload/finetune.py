@@ -22,8 +22,8 @@ from offload import machine
 from offload.data import Batches, Corpus, DataSection, Tokenizer, prepare_corpus
 from offload.errors import NumericsError, PolicyError
 from offload.loss import next_token_loss
-from offload.policy import OffloadPolicy, Section, load_config
-from offload.progress import Bar, JsonlLog, Reporter, short_nbytes
+from offload.policy import OffloadPolicy, Section, load_config, short_nbytes
+from offload.progress import Bar, JsonlLog, Reporter
 from offload.sources import (
     ModelSection,
     ModelSource,

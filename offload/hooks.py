@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from offload.engine import Engine
 from offload.errors import NumericsError
+from offload.formats import Plane
 from offload.landing import Gradients
 
 _current_node: Callable[[], object] = torch._C._current_autograd_node
@@ -97,7 +98,7 @@ class Autograd:
                 "outside its "
                 "module's forward. Wrap that code in `with engine.gathered(module_or_params):`."
             )
-        place = self.engine.locate(tensor.data_ptr())
+        place = self._locate(tensor.data_ptr())
         if place is None:
             return tensor
         index, nbytes = place
@@ -112,13 +113,27 @@ class Autograd:
         flat = self.engine.bound_weight(saved.chunk).view(saved.dtype)
         return flat.as_strided(saved.shape, saved.stride, flat.storage_offset() + saved.offset)
 
+    def _locate(self, address: int) -> tuple[int, int] | None:
+        """Which chunk in use has `address` in its weights: (chunk index, byte offset), or None."""
+        if (
+            self.engine.device.is_host
+            and not 0 <= address - self.engine.slab.address < self.engine.slab.nbytes
+        ):
+            return None
+        for chunk in self.engine.chunks:
+            if chunk.num_users and chunk.override is None:
+                start = self.engine.bound_weight(chunk.spec.index).data_ptr()
+                if start <= address < start + chunk.spec.nbytes(Plane.WEIGHT, self.engine.plan.fmt):
+                    return chunk.spec.index, address - start
+        return None
+
     def own(self, outputs: Any) -> Any:
         """Copy outputs that alias a weight: their slot will hold something else soon."""
 
         def copy(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
                 return leaf
-            return leaf if self.engine.locate(leaf.data_ptr()) is None else leaf.clone()
+            return leaf if self._locate(leaf.data_ptr()) is None else leaf.clone()
 
         return pytree.tree_map(copy, outputs)
 

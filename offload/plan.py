@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from offload.chunk import NUMEL_MULTIPLE, ChunkSpec
 from offload.errors import BudgetError
 from offload.formats import Plane, StateFormat
-from offload.policy import OffloadPolicy, format_nbytes
+from offload.policy import OffloadPolicy, format_nbytes, short_nbytes
 from offload.schedule import count_loads, default_order
 from offload.slots import HUGE_PAGE_NBYTES, round_up
 from offload.update import tile_buffer_nbytes
@@ -139,17 +139,17 @@ class Plan:
         lines = [
             f"{num_params / 1e6:.1f} M parameters in {len(self.specs)} chunks, format "
             f"{self.fmt.name} "
-            f"({self.fmt.state_itemsize} B/param): {format_nbytes(self.state_nbytes)} of state",
-            f"CPU slab {format_nbytes(self.slab_nbytes)} "
-            f"of {format_nbytes(self.cpu_budget_nbytes)} "
+            f"({self.fmt.state_itemsize} B/param): {short_nbytes(self.state_nbytes)} of state",
+            f"CPU slab {short_nbytes(self.slab_nbytes)} "
+            f"of {short_nbytes(self.cpu_budget_nbytes)} "
             "budget:",
         ]
-        lines += [f"  {name:<28} {format_nbytes(nbytes):>12}" for name, nbytes in self.terms()]
+        lines += [f"  {name:<28} {short_nbytes(nbytes):>12}" for name, nbytes in self.terms()]
         if self.uses_nvme:
             read, write = self.traffic()
-            lines.append(f"NVMe {format_nbytes(self.nvme_nbytes)} of swap files")
+            lines.append(f"NVMe {short_nbytes(self.nvme_nbytes)} of swap files")
             lines.append(
-                f"  per step about {format_nbytes(read)} read, {format_nbytes(write)} written "
+                f"  per step about {short_nbytes(read)} read, {short_nbytes(write)} written "
                 f"({read / num_params:.1f} + {write / num_params:.1f} B/param)"
             )
         else:
@@ -219,12 +219,12 @@ class _Planner:
     def _refusal(self, nbytes: int, case: str) -> BudgetError:
         needed = round_up(nbytes, HUGE_PAGE_NBYTES)
         plan = self._smallest() if self.has_nvme else self._ram_only(extra_lo=False)
-        rows = "; ".join(f"{name} {format_nbytes(n)}" for name, n in plan.terms())
+        rows = "; ".join(f"{name} {short_nbytes(n)}" for name, n in plan.terms())
         other = "" if self.has_nvme else ", or name a drive in tiers.nvme.paths"
         return BudgetError(
             f"tiers.cpu.budget of {format_nbytes(self.budget)} is too small: {case} the model "
             "needs "
-            f"{format_nbytes(needed)} ({rows}). Set tiers.cpu.budget to at least "
+            f"{short_nbytes(needed)} ({rows}). Set tiers.cpu.budget to at least "
             f"{needed >> 20}MiB{other}."
         )
 

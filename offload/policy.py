@@ -77,6 +77,15 @@ def format_nbytes(nbytes: int) -> str:
     return f"{nbytes}B"
 
 
+def short_nbytes(nbytes: int) -> str:
+    """A size for reading, not for pasting: three or four digits."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if nbytes >= 1 << power:
+            digits = 2 if power == 30 else 0
+            return f"{nbytes / (1 << power):.{digits}f} {unit}"
+    return f"{nbytes} B"
+
+
 def _not_yet(*values: str | bool) -> BeforeValidator:
     """Refuse values whose behaviour does not exist yet, and say so."""
 
@@ -208,7 +217,7 @@ class OptimizerPolicy(Section):
         "or deferred (overlaps the next forward)",
     )
     tile_numel: int = Field(
-        default=524288,
+        default=262144,
         ge=TILE_ALIGN_NUMEL,
         le=TILE_NUMEL_MAX,
         multiple_of=TILE_ALIGN_NUMEL,

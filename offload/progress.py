@@ -18,11 +18,6 @@ PLAIN_LINE_S = 5.0  # and not more often than this
 LABEL_WIDTH = 12
 
 
-def short_nbytes(nbytes: int) -> str:
-    """A size for reading, not for pasting: three or four digits."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"
-
-
 class Reporter:
     """Says what happens, on standard output. Holds no state but the console."""
 

@@ -7,7 +7,7 @@ import dataclasses
 from offload import machine
 from offload.engine import Engine
 from offload.plan import Plan
-from offload.policy import format_nbytes
+from offload.policy import short_nbytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,14 +25,14 @@ class MemoryReport:
     peak_rss_nbytes: int
 
     def __str__(self) -> str:
-        rows = [f"  {name:<28} {format_nbytes(n):>12}" for name, n in self.arenas.items()]
-        slab, budget = format_nbytes(self.slab_nbytes), format_nbytes(self.budget_nbytes)
+        rows = [f"  {name:<28} {short_nbytes(n):>12}" for name, n in self.arenas.items()]
+        slab, budget = short_nbytes(self.slab_nbytes), short_nbytes(self.budget_nbytes)
         head = f"CPU slab {slab} of {budget} promised:"
         tail = [
-            f"NVMe files {format_nbytes(self.nvme_nbytes)}, GPU slots "
-            f"{format_nbytes(self.gpu_nbytes)}",
-            f"process: {format_nbytes(self.rss_nbytes)} resident, "
-            f"{format_nbytes(self.peak_rss_nbytes)} at most",
+            f"NVMe files {short_nbytes(self.nvme_nbytes)}, GPU slots "
+            f"{short_nbytes(self.gpu_nbytes)}",
+            f"process: {short_nbytes(self.rss_nbytes)} resident, "
+            f"{short_nbytes(self.peak_rss_nbytes)} at most",
         ]
         return "\n".join([head, *rows, *tail])
 

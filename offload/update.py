@@ -14,7 +14,7 @@ from offload import _native
 from offload.io import BLOCK_NBYTES, QUEUE_DEPTH
 from offload.slots import Region
 
-NUM_TILES = 6  # one computed, the others keep the drive busy both ways
+NUM_TILES = 12  # one computed, the others keep the drive busy both ways
 _OP = struct.Struct("<qqiidddddddq")
 KERNEL_ADAMW = 0
 FLAG_MAXIMIZE = 1

@@ -175,9 +175,6 @@ class LateCopies(StandinDevice):
         """Nothing: compute is not asked for its results here."""
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an update does not wait for a copy up that is still running"
-)
 @pytest.mark.parametrize("pinned", [False, True])
 def test_weights_are_not_updated_while_they_are_copied_up(pinned: bool, nvme_dir: Path) -> None:
     """An evaluation between backward and step: its copy of the weights is still under way when the
