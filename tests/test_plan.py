@@ -180,7 +180,7 @@ def test_planes_are_pinned_weights_first() -> None:
     specs = even_specs(4)
     order = [(spec.index, p) for p in FORMATS["exact"].state_planes for spec in specs]
     seen = set()
-    for budget in range(TILES_NBYTES, TILES_NBYTES + 24 * MIB, MIB // 4):
+    for budget in range(2 * MIB, TILES_NBYTES + 24 * MIB, MIB // 4):
         if not fits(specs, budget, {}):
             continue
         plan = plan_of(specs, budget)

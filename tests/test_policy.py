@@ -93,7 +93,7 @@ def test_only_the_cpu_budget_is_required() -> None:
             "nvme": None,
         },
         "state": {"format": "exact"},
-        "optimizer": {"update": "auto", "tile_numel": 1048576},
+        "optimizer": {"update": "auto", "tile_numel": 262144},
         "activations": {"policy": "auto", "micro_batch": "auto"},
         "durability": "off",
     }
