@@ -167,9 +167,9 @@ class Autograd:
         self._task = -1
         self._node = None
         self._release_holds()
-        for chunk in self.gradients.landed():
+        for chunk in self.engine.chunks:
             chunk.num_pending_backwards = 0
-            self.gradients.complete(chunk.spec.index)
+        self.gradients.complete_all()
 
     def abandon(self) -> None:
         """Forget a backward that an exception ended."""

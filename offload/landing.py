@@ -3,6 +3,11 @@ chunk.
 
 A gradient leaves `Parameter.grad` the moment autograd has made it. The sum of squares is taken in
 the same pass, in a fixed order, so the global norm's bits do not depend on where anything lies.
+
+[Note: postponed] Backward reaches the last chunk of the forward first, and the next forward needs
+it last. Its eager update is given out behind all others, so that the drive has work while the next
+forward computes (the idea of GreedySnake's delayed updates, arXiv 2512.17570, for one chunk). It
+costs one gradient slot.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ class Gradients:
         self.eager = eager
         self.loss_finite = True  # of the backward that runs
         self._tainted = False  # something landed from a loss that was not finite
+        self._ending = False  # backward is over, and only what was postponed is left
         self.mode_chosen = False  # `auto` has decided
         self.ops_of: OpsOf | None = None
         self.num_backwards = 0  # since the last step
@@ -191,6 +197,8 @@ class Gradients:
             if chunk.gradient is None or index in self._updated or chunk.spec.is_small:
                 return  # the small chunk stays bound; step() updates it in place
             if self.eager and self.ops_of is not None:
+                if index == self.engine.plan.postponed and not self._ending:
+                    return
                 self._await_arrivals(chunk)
                 self.check_finite([chunk])
                 self._updated.add(index)
@@ -202,6 +210,15 @@ class Gradients:
             ):
                 self._await_arrivals(chunk)
                 self._spill(chunk, chunk.gradient)
+
+    def complete_all(self) -> None:
+        """Backward is over: complete every chunk that has landed and not been completed."""
+        self._ending = True
+        try:
+            for chunk in self.landed():
+                self.complete(chunk.spec.index)
+        finally:
+            self._ending = False
 
     def _spill(self, chunk: Chunk, gradient: Gradient) -> None:
         """Write a waiting gradient to its extents and give the slots back when that is done."""

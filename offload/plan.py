@@ -90,6 +90,14 @@ class Plan:
             for plane in spec.state_planes(self.fmt)
         )
 
+    @property
+    def postponed(self) -> int | None:
+        """The chunk whose eager update waits for the end of backward; see [Note: postponed]."""
+        last = max((s.index for s in self.specs if not s.is_small), default=None)
+        if last is None or not (self.uses_nvme and self.specs[last].trainable):
+            return None
+        return last if self.pool_of(last).num_grad_slots >= GRAD_SLOTS_TARGET else None
+
     def nvme_planes(self, spec: ChunkSpec) -> list[Plane]:
         """The planes of a chunk that need an extent: unpinned state, and room for spilled
         gradients.
@@ -131,6 +139,8 @@ class Plan:
         state = [p for p in spec.state_planes(self.fmt) if (spec.index, p) not in self.pinned]
         write = sum(spec.nbytes(p, self.fmt) for p in state)
         read = sum(spec.nbytes(p, self.fmt) for p in state if p is not Plane.WEIGHT)
+        if self.eager and spec.index == self.postponed and Plane.WEIGHT in state:
+            read += spec.nbytes(Plane.WEIGHT, self.fmt)  # its slot has gone to others by then
         spill = 0 if self.eager or self.grads_resident else spec.nbytes(Plane.GRAD, self.fmt)
         return read + spill, write + spill
 
