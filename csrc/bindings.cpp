@@ -1,14 +1,9 @@
 // offload._native: Python sees addresses as ints, sizes in bytes, and results as they came.
 #include "bindings.h"
 
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
-
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <climits>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -273,33 +268,8 @@ PyType_Spec io_queue_spec = {"offload._native.IoQueue", sizeof(IoQueueObject), 0
 
 PyObject* module_uring_probe(PyObject*, PyObject*) { return PyLong_FromLong(uring_probe()); }
 
-void advise_malloc(size_t retain_nbytes) {
-#ifdef __GLIBC__
-  constexpr size_t kThresholdMax = size_t{32} << 20;  // what older versions accept at most
-  constexpr size_t kPadMax = size_t{64} << 20;
-  const int retain = static_cast<int>(std::min<size_t>(retain_nbytes, INT_MAX));
-  if (mallopt(M_MMAP_THRESHOLD, retain) == 0) {
-    mallopt(M_MMAP_THRESHOLD, static_cast<int>(std::min(retain_nbytes, kThresholdMax)));
-  }
-  mallopt(M_TRIM_THRESHOLD, retain);
-  mallopt(M_TOP_PAD, static_cast<int>(std::min(retain_nbytes / 16, kPadMax)));
-#else
-  static_cast<void>(retain_nbytes);
-#endif
-}
-
-PyObject* module_advise_malloc(PyObject*, PyObject* retain_object) {
-  uint64_t retain_nbytes = 0;
-  if (!parse_u64(retain_object, &retain_nbytes)) {
-    return nullptr;
-  }
-  advise_malloc(retain_nbytes);
-  Py_RETURN_NONE;
-}
-
 PyMethodDef module_methods[] = {
     {"uring_probe", module_uring_probe, METH_NOARGS, nullptr},
-    {"advise_malloc", module_advise_malloc, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -65,16 +65,6 @@ class IoQueue:
 def uring_probe() -> int:
     """Return 0 where io_uring can be used, else -errno (-EPERM in many containers)."""
 
-def advise_malloc(retain_nbytes: int) -> None:
-    """Ask the C allocator to keep up to `retain_nbytes` of freed memory for reuse.
-
-    Large temporary tensors are otherwise mapped, zeroed by the kernel page by page, and unmapped
-    on every use. Afterwards blocks up to `retain_nbytes` (2 GiB at most) come from the heap, and
-    that much free memory at its top stays with the process: count it in the memory budget.
-    Process-wide, for blocks of the main arena; a hint, and a no-op where the C library is not
-    glibc. Call it once, early.
-    """
-
 # A plane for UpdatePipeline.submit: (address, read segments, write segments); a segment here is
 # (fd, offset, nbytes), in the order of the plane's bytes.
 _Extents: TypeAlias = Sequence[tuple[int, int, int]] | None
