@@ -173,18 +173,20 @@ void pipeline_dealloc(PyObject* self) {
 }
 
 PyObject* pipeline_submit(PyObject* self, PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"tag", "format", "numel", "planes", "ops", nullptr};
+  static const char* names[] = {"tag", "format", "numel", "planes", "ops", "write_all", nullptr};
   UpdateJob job;
   int format = 0;
   PyObject* planes = nullptr;
   PyObject* ops = nullptr;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&iO&OO:submit", const_cast<char**>(names),
+  int write_all = 0;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&iO&OO|p:submit", const_cast<char**>(names),
                                    convert_u64, &job.tag, &format, convert_u64, &job.numel, &planes,
-                                   &ops) ||
+                                   &ops, &write_all) ||
       !parse_format(format, &job.format) || !parse_planes(planes, &job) ||
       !parse_ops(ops, &job.ops)) {
     return nullptr;
   }
+  job.write_all = write_all != 0;
   const std::string fault = validate_job(job);
   if (!check(fault.empty(), fault.c_str())) {
     return nullptr;

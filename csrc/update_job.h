@@ -55,6 +55,8 @@ struct UpdateJob {
   uint64_t numel = 0;
   UpdatePlane planes[kNumPlanes];
   std::vector<UpdateOp> ops;  // sorted, disjoint
+  // The write segments are another version of the planes: tiles without ops are copied there, too.
+  bool write_all = false;
 };
 
 // Empty if the job can run, else what is wrong with it.

@@ -165,7 +165,7 @@ void UpdatePipeline::start_tile(Tile& tile, Running& running) {
   tile.end = std::min(tile.begin + config_.tile_numel, job.numel);
   tile.sequence = next_sequence_++;
   const size_t op = first_op_after(job, tile.begin);
-  tile.has_ops = op < job.ops.size() && job.ops[op].begin < tile.end;
+  tile.is_written = job.write_all || (op < job.ops.size() && job.ops[op].begin < tile.end);
   running.next_element = tile.end;
   ++running.num_tiles;
   tile.phase = Tile::Phase::kReading;
@@ -174,7 +174,7 @@ void UpdatePipeline::start_tile(Tile& tile, Running& running) {
 
 bool UpdatePipeline::is_read(const Tile& tile, int plane) const {
   const UpdatePlane& source = tile.running->job.planes[plane];
-  return source.has_read && (tile.has_ops || (plane == kWeight && source.address));
+  return source.has_read && (tile.is_written || (plane == kWeight && source.address));
 }
 
 // Where element tile.begin of a plane is; null for a plane that the job lacks.
@@ -267,7 +267,7 @@ void UpdatePipeline::finish_transfer(const IoCompletion& completion) {
     CHECK(static_cast<uint64_t>(completion.result) == tile.nbytes);
     (was_read ? running.completion.read_bytes : running.completion.write_bytes) += tile.nbytes;
   }
-  if (was_read && tile.has_ops && !running.has_failed()) {
+  if (was_read && tile.is_written && !running.has_failed()) {
     tile.phase = Tile::Phase::kReady;
   } else {
     free_tile(tile);

@@ -105,7 +105,7 @@ class UpdatePipeline {
     uint64_t end = 0;
     uint64_t sequence = 0;  // in the order of starting
     uint64_t nbytes = 0;    // of the transfer in flight
-    bool has_ops = false;
+    bool is_written = false;  // else it is free again once its weights have been read
     char* buffer = nullptr;
   };
 

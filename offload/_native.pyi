@@ -92,7 +92,13 @@ class UpdatePipeline:
         isa: str,
     ) -> UpdatePipeline: ...
     def submit(
-        self, tag: int, format: int, numel: int, planes: Sequence[_Plane], ops: bytes
+        self,
+        tag: int,
+        format: int,
+        numel: int,
+        planes: Sequence[_Plane],
+        ops: bytes,
+        write_all: bool = False,
     ) -> None:
         """Queue one job; never blocks.
 
@@ -102,7 +108,8 @@ class UpdatePipeline:
         and write segments written from it after; without one (0) it goes through the tiles.
         `ops` is a packed array of records '<qqiidddddddq': begin, end (elements), kernel (0 is
         AdamW), flags (1 is maximize), lr, beta1, beta2, eps, weight_decay, grad_scale, 0.0, step.
-        Elements that no record covers keep their state.
+        Elements that no record covers keep their state. Without `write_all` a tile that no record
+        touches is not written; with it, the write segments are another version and get every tile.
         """
 
     def poll(self) -> list[tuple[int, int, int, int, int, int, float, float]]:

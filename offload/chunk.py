@@ -10,7 +10,7 @@ import torch
 from offload.errors import StateError
 from offload.formats import Plane, StateFormat
 from offload.slots import Region, Slot, round_up
-from offload.store import Extent
+from offload.store import PlaneExtents
 from offload.tier import TRANSITIONS, DeviceEvent, Residency
 
 NUMEL_MULTIPLE = 4096  # every tile of every plane then starts and ends on a 4 KiB boundary
@@ -123,7 +123,8 @@ class Chunk:
         self.params = list(params)
         self.residency = Residency.NVME
         self.pinned: dict[Plane, Region] = {}
-        self.extents: dict[Plane, Extent] = {}
+        self.extents: dict[Plane, PlaneExtents] = {}
+        self.unsaved: set[Plane] = set()  # pinned planes that have changed since they were written
         self.slot: Slot | None = None  # host slot of the weight plane
         self.gpu_slot: GpuSlot | None = None
         self.upload: DeviceEvent | None = None  # the copy that fills gpu_slot from the host copy
@@ -160,6 +161,18 @@ class Chunk:
                 "move."
             )
         self.residency = residency
+
+    @property
+    def has_versions(self) -> bool:
+        """Whether a plane's next version goes to another extent than its newest one."""
+        return any(extents.target is not extents.newest for extents in self.extents.values())
+
+    def changed(self, plane: Plane) -> None:
+        """All of a state plane has been written where the plan has it: in RAM, or to its target."""
+        if plane in self.pinned:
+            self.unsaved.add(plane)
+        else:
+            self.extents[plane].wrote()
 
     def host_weight(self) -> Region | None:
         """The host copy of the weight plane, pinned or in a slot, or None."""

@@ -15,7 +15,8 @@ from offload.io import IoQueue
 from offload.policy import short_nbytes
 from offload.progress import Reporter
 from offload.slots import Slab
-from offload.store import SWAP_NAME, ChunkStore
+from offload.store import ChunkStore
+from offload.swapfile import SWAP_NAME
 
 SPEED_NBYTES = 256 << 20
 NUM_PASSES = 2  # the first touches fresh memory and unwritten blocks; the faster one is shown

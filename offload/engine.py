@@ -23,6 +23,7 @@ from offload import io
 from offload.chunk import Chunk, Update
 from offload.errors import StateError
 from offload.formats import Plane
+from offload.homes import PlaneKey, allocate_extents, carve_pinned
 from offload.inflight import Finish, InFlight
 from offload.io import IoQueue
 from offload.jobs import plane_arguments
@@ -31,7 +32,7 @@ from offload.residence import Residence
 from offload.schedule import Schedule, default_order
 from offload.slots import Slab, Slot
 from offload.stats import UPDATE, StatsCounter
-from offload.store import ChunkStore, Extent
+from offload.store import ChunkStore, Extent, PlaneExtents
 from offload.tier import DeviceEvent, Link, Residency
 from offload.timeline import Timeline
 from offload.transfer import Device
@@ -45,6 +46,10 @@ _CAUSES = {
 }
 
 
+def _nothing() -> None:
+    pass
+
+
 class Engine:
     """Moves chunks between tiers. Knows tensors and bytes, but no modules and no optimizers."""
 
@@ -56,6 +61,7 @@ class Engine:
         slab: Slab,
         store: ChunkStore | None,
         nvme_budget: int | None = None,
+        homes: Mapping[PlaneKey, PlaneExtents] | None = None,
         backend: str,
         device: Device,
         timeline: Timeline,
@@ -73,30 +79,20 @@ class Engine:
         self.lock = threading.RLock()
         tiles = slab.carve("update tiles", plan.tile_nbytes)
         self.residence = Residence(plan, self.chunks, slab, device, self.schedule, poison=poison)
-        for chunk in self.chunks:
-            self._place(chunk)
+        carve_pinned(plan, self.chunks, slab, device.torch_device)
         if store is not None:
+            allocate_extents(plan, self.chunks, store, homes or {})
             store.open(nvme_budget)
+        self.before_change: Callable[[], None] = _nothing  # a commit under way must end first
+        self.after_poll: Callable[[], None] = _nothing  # and goes on when something has finished
         try:
             queue = IoQueue(backend) if store is not None else None
             pipeline = UpdatePipeline(backend, plan.tile_numel, tiles)
         except BaseException:
             if store is not None:
-                store.close()
+                store.close(keep=bool(homes))
             raise
-        self._flight = InFlight(queue, pipeline, timeline)
-
-    def _place(self, chunk: Chunk) -> None:
-        """Give a chunk its pinned regions and extents, as planned."""
-        for plane in chunk.spec.state_planes(self.plan.fmt):
-            if (chunk.spec.index, plane) in self.plan.pinned:
-                nbytes = chunk.spec.nbytes(plane, self.plan.fmt)
-                chunk.pinned[plane] = self.slab.carve(f"pinned {plane.value}", nbytes)
-        if self.store is not None:
-            for plane in self.plan.nvme_planes(chunk.spec):
-                chunk.extents[plane] = self.store.allocate(chunk.spec.nbytes(plane, self.plan.fmt))
-        chunk.residency = chunk.resting
-        chunk.make_placeholders(self.plan.fmt.weight_dtype, self.device.torch_device)
+        self._flight = InFlight(queue, pipeline, timeline, store)
 
     # ---- use: the only place where training waits ----
 
@@ -107,9 +103,7 @@ class Engine:
         with self.lock:
             self._check_alive()
             chunk = self.chunks[index]
-            if (
-                not chunk.spec.is_small
-            ):  # it is always there, and says nothing about what comes next
+            if not chunk.spec.is_small:  # that one is always there, whatever comes next
                 self.schedule.use(index, record=record)
             if chunk.num_users == 0 and chunk.override is None:
                 chunk.check_unbound()
@@ -205,14 +199,13 @@ class Engine:
             if result < 0:
                 chunk.to(Residency.NVME)
                 self.residence.release_slot(chunk)
-                raise self._storage_error(result, "reading", fd, offset, chunk)
+                raise self._flight.storage_error(result, "reading", fd, offset, chunk.name)
             chunk.to(Residency.CPU)
             if not self.device.is_host:
                 self._start_upload(chunk, demand=False)
 
-        self.start_plane(
-            io.READ, chunk.extents[Plane.WEIGHT], slot.region.address, chunk, finish, priority
-        )
+        extent = chunk.extents[Plane.WEIGHT].newest
+        self.start_plane(io.READ, extent, slot.region.address, chunk, finish, priority)
         return True
 
     def _start_upload(self, chunk: Chunk, *, demand: bool) -> bool:
@@ -273,6 +266,7 @@ class Engine:
         """
         with self.lock:
             self._check_alive()
+            self.before_change()
             for index, ops in updates.items():
                 self.chunks[index].update = Update(ops)
             for index in self.schedule.upcoming(len(self.chunks)):
@@ -281,6 +275,7 @@ class Engine:
 
     def update_in_place(self, index: int, ops: bytes) -> None:
         """Update the small chunk here and now: it is little, it lies in RAM, and it stays bound."""
+        self.before_change()
         chunk = self.chunks[index]
         on_device = not self.device.is_host
         if on_device:
@@ -289,12 +284,14 @@ class Engine:
         arguments = plane_arguments(chunk, self.plan.fmt, self.store, fresh=False)
         addresses = [0 if argument is None else argument.address for argument in arguments]
         apply_in_ram(self.plan.fmt.native_code, chunk.spec.numel, addresses, ops)
+        self._changed(chunk)
         self.release_gradient(chunk)
         if on_device:
             self.enter(index, record=False)
 
     def update_now(self, index: int, ops: bytes) -> None:
         """Start the update of a chunk whose gradient is complete (eager)."""
+        self.before_change()
         chunk = self.chunks[index]
         while chunk.residency in _CAUSES:
             self.block(_CAUSES.get(chunk.residency, UPDATE))
@@ -330,6 +327,7 @@ class Engine:
             planes,
             update.ops,
             self._finish_update(chunk),
+            write_all=chunk.has_versions,
         )
         return True
 
@@ -339,9 +337,14 @@ class Engine:
             chunk.update = None
             self.release_gradient(chunk)
             if result < 0:
-                raise self._storage_error(result, "updating", fd, offset, chunk)
+                raise self._flight.storage_error(result, "updating", fd, offset, chunk.name)
+            self._changed(chunk)
 
         return finish
+
+    def _changed(self, chunk: Chunk) -> None:
+        for plane in chunk.spec.state_planes(self.plan.fmt):
+            chunk.changed(plane)
 
     def release_gradient(self, chunk: Chunk) -> None:
         """Forget a chunk's gradient and give its slots back. Nothing of it may be in flight."""
@@ -384,39 +387,34 @@ class Engine:
 
     # ---- planes as tensors: start-up, export, inspection ----
 
-    def move_plane(
-        self, op: int, extent: Extent, address: int, chunk: Chunk, *, cause: str
-    ) -> None:
-        """Read or write one whole plane against memory at `address`, and wait for it."""
+    def move_plane(self, op: int, chunk: Chunk, plane: Plane, address: int) -> None:
+        """Read the newest version of one whole plane to memory at `address`, or write a new one
+        from there, and wait for it.
+        """
         done: list[int] = []
+        extents, is_read = chunk.extents[plane], op == io.READ
 
         def finish(result: int, fd: int, offset: int) -> None:
             done.append(result)
             if result < 0:
-                action = "reading" if op == io.READ else "writing"
-                raise self._storage_error(result, action, fd, offset, chunk)
+                action = "reading" if is_read else "writing"
+                raise self._flight.storage_error(result, action, fd, offset, chunk.name)
 
+        extent = extents.newest if is_read else extents.target_of(chunk.name)
         self.start_plane(op, extent, address, chunk, finish)
         while not done:
-            self.block(cause)
+            self.block(Link.READ.value if is_read else Link.WRITE.value)
+        if not is_read:
+            extents.wrote()
 
     def start_plane(
-        self,
-        op: int,
-        extent: Extent,
-        address: int,
-        chunk: Chunk,
-        finish: Finish,
+        self, op: int, extent: Extent, address: int, chunk: Chunk, finish: Finish,
         priority: int = io.DEMAND,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Start moving one whole plane between its extent and memory at `address`; `finish` runs in
         poll.
         """
-        if self.store is None:
-            raise StateError(f"chunk {chunk.name}: there is no NVMe tier.")
-        link = Link.READ if op == io.READ else Link.WRITE
-        segments = self.store.io_segments(extent, address)
-        self._flight.start_io(op, link, chunk.name, segments, finish, priority)
+        self._flight.start_plane(op, extent, address, chunk.name, finish, priority)
 
     # ---- completions ----
 
@@ -433,6 +431,7 @@ class Engine:
         """Act on whatever has finished; never blocks."""
         with self.lock:
             self._flight.poll()
+            self.after_poll()
 
     def block(self, cause: str) -> None:
         """Wait until something in flight finishes, and act on it; the time counts as a stall on
@@ -448,13 +447,6 @@ class Engine:
                 "tiers.cpu.weight_slots, tiers.cpu.grad_slots)."
             )
         self.block(cause)
-
-    def _storage_error(
-        self, result: int, action: str, fd: int, offset: int, chunk: Chunk
-    ) -> Exception:
-        if self.store is None:
-            return StateError(f"{action} chunk {chunk.name} failed without a store ({result}).")
-        return self.store.error(-result, action, fd, offset, chunk.name)
 
     def _check_alive(self) -> None:
         failure = self._flight.failure
@@ -485,11 +477,17 @@ class Engine:
         with self.lock:
             self._flight.drain()
 
-    def close(self) -> None:
-        """Drain, stop the native threads, remove the files. Idempotent; raises for no transfer."""
+    def fail(self, error: BaseException) -> None:
+        """Stop at this error: every later call names it."""
+        self._flight.failure = self._flight.failure or error
+
+    def close(self, *, keep: bool = False) -> None:
+        """Drain, stop the native threads, remove the files or keep a committed run. Idempotent;
+        raises for no transfer.
+        """
         with self.lock:
             self._flight.close()
             self.device.close()
             if self.store is not None:
-                self.store.close()
+                self.store.close(keep=keep)
             self.slab.close()

@@ -8,9 +8,10 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 
-from offload.errors import StateError
-from offload.io import IoQueue, Segment
+from offload.errors import OffloadError, StateError
+from offload.io import READ, IoQueue, Segment
 from offload.stats import UPDATE, StatsCounter
+from offload.store import ChunkStore, Extent
 from offload.tier import DeviceEvent, Link
 from offload.timeline import Timeline
 from offload.transfer import Transfer
@@ -23,9 +24,16 @@ _WAIT_S = 0.01  # a blocked wait looks at the other completion source this often
 class InFlight:
     """The transfers under way on all links. Completions act only in `poll`, `block` and `drain`."""
 
-    def __init__(self, queue: IoQueue | None, pipeline: UpdatePipeline, timeline: Timeline) -> None:
+    def __init__(
+        self,
+        queue: IoQueue | None,
+        pipeline: UpdatePipeline,
+        timeline: Timeline,
+        store: ChunkStore | None = None,
+    ) -> None:
         self.stats = StatsCounter()
         self.failure: BaseException | None = None
+        self._store = store
         self._queue = queue
         self._pipeline = pipeline
         self._timeline = timeline
@@ -38,6 +46,16 @@ class InFlight:
         return bool(self._transfers)
 
     # ---- starting ----
+
+    def start_plane(
+        self, op: int, extent: Extent, address: int, chunk: str, finish: Finish, priority: int
+    ) -> None:
+        """Start moving a whole extent from or to memory at `address`, as start_io does."""
+        if self._store is None:
+            raise StateError(f"chunk {chunk}: there is no NVMe tier.")
+        link = Link.READ if op == READ else Link.WRITE
+        segments = self._store.io_segments(extent, address)
+        self.start_io(op, link, chunk, segments, finish, priority)
 
     def start_io(
         self,
@@ -57,6 +75,14 @@ class InFlight:
         self._num_moving += 1
         self._queue.submit(op, tag, segments, priority)
 
+    def storage_error(
+        self, result: int, action: str, fd: int, offset: int, chunk: str
+    ) -> OffloadError:
+        """The error for a completion with the negative `result`."""
+        if self._store is None:
+            return StateError(f"{action} chunk {chunk} failed without a store ({result}).")
+        return self._store.error(-result, action, fd, offset, chunk)
+
     def start_update(
         self,
         chunk: str,
@@ -65,11 +91,13 @@ class InFlight:
         planes: Sequence[PlaneArgument | None],
         ops: bytes,
         finish: Finish,
+        *,
+        write_all: bool,
     ) -> None:
         """Hand a chunk to the update worker."""
         tag = self._track(Link.WRITE, chunk, 0, finish)
         self._num_updating += 1
-        self._pipeline.submit(tag, fmt_code, numel, planes, ops)
+        self._pipeline.submit(tag, fmt_code, numel, planes, ops, write_all=write_all)
 
     def start_copy(
         self,

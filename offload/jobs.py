@@ -32,10 +32,11 @@ def _state(chunk: Chunk, plane: Plane, store: ChunkStore | None, *, fresh: bool)
         return PlaneArgument(chunk.pinned[plane].address)
     if store is None:
         raise StateError(f"chunk {chunk.name}: plane {plane.value} has no home.")
-    segments = store.segments(chunk.extents[plane])
+    extents = chunk.extents[plane]
+    source, target = store.segments(extents.newest), store.segments(extents.target)
     if plane is Plane.WEIGHT and chunk.slot is not None:
-        return PlaneArgument(chunk.slot.region.address, segments if fresh else None, segments)
-    return PlaneArgument(0, segments, segments)
+        return PlaneArgument(chunk.slot.region.address, source if fresh else None, target)
+    return PlaneArgument(0, source, target)
 
 
 def _gradient(chunk: Chunk, plane: Plane, store: ChunkStore | None) -> PlaneArgument | None:
@@ -43,6 +44,6 @@ def _gradient(chunk: Chunk, plane: Plane, store: ChunkStore | None) -> PlaneArgu
     if gradient is None or (plane is Plane.GRAD_LO and not gradient.has_lo):
         return None
     if gradient.spilled and store is not None:
-        return PlaneArgument(0, store.segments(chunk.extents[plane]))
+        return PlaneArgument(0, store.segments(chunk.extents[plane].newest))
     slot = gradient.hi if plane is Plane.GRAD else gradient.lo
     return None if slot is None else PlaneArgument(slot.region.address)

@@ -253,9 +253,7 @@ class Gradients:
         gradient.lo = self._slot(chunk) if gradient.has_lo else None
         for plane, slot in ((Plane.GRAD, gradient.hi), (Plane.GRAD_LO, gradient.lo)):
             if slot is not None:
-                self.engine.move_plane(
-                    io.READ, chunk.extents[plane], slot.region.address, chunk, cause=Link.READ.value
-                )
+                self.engine.move_plane(io.READ, chunk, plane, slot.region.address)
         gradient.spilled = False
 
     def _spill_another(self, chunk: Chunk) -> bool:
@@ -284,9 +282,8 @@ class Gradients:
         slot: Slot,
         finish: Callable[[int, int, int], None],
     ) -> None:
-        self.engine.start_plane(
-            op, chunk.extents[plane], slot.region.address, chunk, finish, io.WRITE_BACK
-        )
+        extent = chunk.extents[plane].newest
+        self.engine.start_plane(op, extent, slot.region.address, chunk, finish, io.WRITE_BACK)
 
     def _raise_on_error(self, result: int, action: str, fd: int, offset: int, chunk: Chunk) -> None:
         if result < 0 and self.engine.store is not None:

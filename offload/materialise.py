@@ -22,8 +22,6 @@ from offload.engine import Engine
 from offload.errors import StateError
 from offload.formats import Plane, split_master
 from offload.slots import Slot
-from offload.store import Extent
-from offload.tier import Link
 
 logger = logging.getLogger("offload")
 WeightSource = Callable[
@@ -44,20 +42,21 @@ def fill_chunk(engine: Engine, chunk: Chunk, source: WeightSource) -> None:
         master = torch.empty(param.shape, dtype=torch.float32)
         source(param, master)
         _store(param, master.view(-1), weight, residue)
-    for slot, extent in staged:
-        engine.move_plane(io.WRITE, extent, slot.region.address, chunk, cause=Link.WRITE.value)
+    for slot, which in staged:
+        engine.move_plane(io.WRITE, chunk, which, slot.region.address)
         slot.pool.release(slot)
+    chunk.unsaved.update(chunk.pinned)
     chunk.filled = True
 
 
 def _stage(
     engine: Engine, chunk: Chunk
-) -> tuple[dict[Plane, torch.Tensor], list[tuple[Slot, Extent]]]:
+) -> tuple[dict[Plane, torch.Tensor], list[tuple[Slot, Plane]]]:
     """Flat tensors to fill: pinned planes in place, the others in borrowed slots that are written
     after.
     """
     planes: dict[Plane, torch.Tensor] = {}
-    staged: list[tuple[Slot, Extent]] = []
+    staged: list[tuple[Slot, Plane]] = []
     for plane in (Plane.WEIGHT, Plane.RESIDUE):
         if plane not in chunk.spec.state_planes(engine.plan.fmt):
             continue
@@ -66,7 +65,7 @@ def _stage(
             planes[plane] = chunk.pinned[plane].view(dtype, numel)
         else:
             slot = engine.residence.borrow(chunk)
-            staged.append((slot, chunk.extents[plane]))
+            staged.append((slot, plane))
             planes[plane] = slot.region.view(dtype, numel)
     return planes, staged
 

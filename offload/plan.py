@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 from offload.chunk import NUMEL_MULTIPLE, ChunkSpec
 from offload.errors import BudgetError
-from offload.formats import Plane, StateFormat
+from offload.formats import GRAD_PLANES, Plane, StateFormat
 from offload.policy import OffloadPolicy, format_nbytes, short_nbytes
 from offload.schedule import count_loads, default_order
 from offload.slots import HUGE_PAGE_NBYTES, round_up
+from offload.swapfile import ALIGN_NBYTES
 from offload.update import tile_buffer_nbytes
 
 WEIGHT_SLOTS_TARGET = 3  # one in use, one arriving, one being updated
@@ -56,6 +57,8 @@ class Plan:
     tile_nbytes: int
     cpu_budget_nbytes: int
     uses_nvme: bool
+    num_paths: int = 0
+    commit_every: int = 0  # steps from one commit to the next; 0: a crash loses the run
 
     def pool_of(self, index: int) -> PoolSpec:
         return next(pool for pool in self.pools if index in pool.members)
@@ -99,19 +102,46 @@ class Plan:
         return last if self.pool_of(last).num_grad_slots >= GRAD_SLOTS_TARGET else None
 
     def nvme_planes(self, spec: ChunkSpec) -> list[Plane]:
-        """The planes of a chunk that need an extent: unpinned state, and room for spilled
-        gradients.
+        """The planes of a chunk that need an extent: state that is not pinned or shall survive, and
+        room for spilled gradients.
         """
-        if not self.uses_nvme:
-            return []
-        planes = [p for p in spec.state_planes(self.fmt) if (spec.index, p) not in self.pinned]
+        planes = [
+            plane
+            for plane in spec.state_planes(self.fmt)
+            if self.commit_every or (spec.index, plane) not in self.pinned
+        ]
         if spec.trainable and not self.grads_resident:
             planes += self.fmt.grad_planes
         return planes
 
+    def num_extents(self, spec: ChunkSpec, plane: Plane) -> int:
+        """Two for what changes and must survive a crash: see [Note: two extents] in store.py."""
+        return 2 if self.commit_every and spec.trainable and plane not in GRAD_PLANES else 1
+
+    @property
+    def uses_files(self) -> bool:
+        """Whether there are swap files: for planes that lie there, or to survive a crash."""
+        return self.uses_nvme or self.commit_every > 0
+
     @property
     def nvme_nbytes(self) -> int:
-        return sum(spec.nbytes(p, self.fmt) for spec in self.specs for p in self.nvme_planes(spec))
+        header = ALIGN_NBYTES * self.num_paths if self.commit_every else 0
+        return header + sum(
+            spec.nbytes(plane, self.fmt) * self.num_extents(spec, plane)
+            for spec in self.specs
+            for plane in self.nvme_planes(spec)
+        )
+
+    @property
+    def commit_nbytes(self) -> int:
+        """What a commit writes beside what updates have written: the pinned planes that change."""
+        if not self.commit_every:
+            return 0
+        return sum(
+            self.specs[index].nbytes(plane, self.fmt)
+            for index, plane in self.pinned
+            if self.specs[index].trainable
+        )
 
     def traffic(self, order: Sequence[int] | None = None) -> tuple[int, int]:
         """Predicted (bytes read, bytes written) on NVMe per optimizer step with one backward, in
@@ -130,6 +160,8 @@ class Plan:
         for spec in self.specs:
             update_read, update_write = self._update_traffic(spec)
             read, write = read + update_read, write + update_write
+        if self.commit_every:
+            write += self.commit_nbytes // self.commit_every
         return read, write
 
     def _update_traffic(self, spec: ChunkSpec) -> tuple[int, int]:
@@ -155,14 +187,20 @@ class Plan:
             "budget:",
         ]
         lines += [f"  {name:<28} {short_nbytes(nbytes):>12}" for name, nbytes in self.terms()]
-        if self.uses_nvme:
+        if self.uses_files:
             read, write = self.traffic()
-            lines.append(f"NVMe {short_nbytes(self.nvme_nbytes)} of swap files")
+            what = "swap files, two versions of what changes" if self.commit_every else "swap files"
+            lines.append(f"NVMe {short_nbytes(self.nvme_nbytes)} of {what}")
             lines.append(
                 f"  per step about {short_nbytes(read)} read, {short_nbytes(write)} written "
                 f"({read / num_params:.1f} + {write / num_params:.1f} B/param)"
             )
-        else:
+        if self.commit_every:
+            lines.append(
+                f"  a commit every {self.commit_every} steps writes "
+                f"{short_nbytes(self.commit_nbytes)} of planes that rest in RAM"
+            )
+        if not self.uses_nvme:
             lines.append("NVMe not used: everything rests in RAM")
         return "\n".join(lines)
 
@@ -239,6 +277,7 @@ class _Planner:
         )
 
     def _base(self, **changes: object) -> Plan:
+        nvme = self.policy.tiers.nvme
         plan = Plan(
             specs=self.specs,
             fmt=self.fmt,
@@ -250,6 +289,8 @@ class _Planner:
             tile_nbytes=round_up(tile_buffer_nbytes(self.tile_numel), NUMEL_MULTIPLE),
             cpu_budget_nbytes=self.budget,
             uses_nvme=self.has_nvme,
+            num_paths=len(nvme.paths) if nvme is not None else 0,
+            commit_every=self.policy.commit_every,
         )
         return dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
 

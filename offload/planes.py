@@ -15,7 +15,6 @@ from offload.engine import Engine
 from offload.errors import StateError
 from offload.formats import Plane, join_master
 from offload.slots import Slab
-from offload.tier import Link
 
 
 class PlaneReader:
@@ -35,21 +34,19 @@ class PlaneReader:
             if plane in chunk.pinned:
                 return chunk.pinned[plane].view(dtype, chunk.spec.numel).clone()
             with self._staging(chunk, plane) as buffer:
-                engine.move_plane(
-                    io.READ, chunk.extents[plane], buffer.data_ptr(), chunk, cause=Link.READ.value
-                )
+                engine.move_plane(io.READ, chunk, plane, buffer.data_ptr())
                 return buffer.view(dtype).clone()
 
     def _write(self, chunk: Chunk, plane: Plane, content: torch.Tensor) -> None:
         engine, dtype = self._engine, self._engine.plan.fmt.dtypes[plane]
+        engine.before_change()
         if plane in chunk.pinned:
             chunk.pinned[plane].view(dtype, chunk.spec.numel).copy_(content)
+            chunk.changed(plane)
             return
         with self._staging(chunk, plane) as buffer:
             buffer.view(dtype).copy_(content)
-            engine.move_plane(
-                io.WRITE, chunk.extents[plane], buffer.data_ptr(), chunk, cause=Link.WRITE.value
-            )
+            engine.move_plane(io.WRITE, chunk, plane, buffer.data_ptr())
 
     @contextlib.contextmanager
     def _staging(self, chunk: Chunk, plane: Plane) -> Iterator[torch.Tensor]:

@@ -22,7 +22,9 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
+    field_validator,
 )
 from pydantic_core import ErrorDetails
 
@@ -38,6 +40,7 @@ _DECIMAL = {f"{letter}b": 1000**power for power, letter in enumerate("kmgtp", st
 _BINARY = {f"{letter}ib": 1024**power for power, letter in enumerate("kmgtp", start=1)}
 _UNITS = {"": 1, "b": 1, **_DECIMAL, **_BINARY}
 _SIZE = re.compile(r"\s*([0-9]{1,20}(\.[0-9]{1,20})?([eE]\+?[0-9]{1,2})?)\s*([A-Za-z]*)\s*")
+_EVERY = re.compile(r"every\s+([1-9][0-9]{0,8})\s+steps?")
 _REPR = reprlib.Repr()  # values in messages, cut at a readable length
 _REPR.maxstring = _REPR.maxother = 120
 
@@ -97,8 +100,16 @@ def _not_yet(*values: str | bool) -> BeforeValidator:
     return BeforeValidator(refuse)
 
 
-def _yaml_off(value: object) -> object:
-    return "off" if value is False else value  # YAML 1.1 reads a bare off as false
+def _durability(value: object) -> str:
+    """Return off, step, or every N steps."""
+    if value is False:
+        return "off"  # YAML 1.1 reads a bare off as false
+    if value in ("off", "step"):
+        return str(value)
+    match = _EVERY.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{_show(value)} is not off, step, or every N steps")
+    return f"every {int(match[1])} steps"
 
 
 def _absolute_paths(value: object) -> tuple[Path, ...]:
@@ -249,9 +260,25 @@ class OffloadPolicy(Section):
     activations: ActivationsPolicy = Field(
         default=ActivationsPolicy(), description="a mapping with policy, micro_batch"
     )
-    durability: Annotated[Literal["off"], BeforeValidator(_yaml_off), _not_yet("step", True)] = (
-        Field(default="off", description="off; a crash loses the run: export what you want to keep")
+    durability: Annotated[str, BeforeValidator(_durability)] = Field(
+        default="off",
+        description="off (a crash loses the run), step, or every N steps: what a crash can cost",
     )
+
+    @field_validator("durability", mode="after")
+    @classmethod
+    def _durability_needs_files(cls, value: str, info: ValidationInfo) -> str:
+        tiers = info.data.get("tiers")
+        if value != "off" and tiers is not None and tiers.nvme is None:
+            raise ValueError(f"{value!r} needs a drive: set tiers.nvme.paths")
+        return value
+
+    @property
+    def commit_every(self) -> int:
+        """Optimizer steps from one commit to the next; 0: none."""
+        if self.durability == "off":
+            return 0
+        return int(self.durability.split()[1]) if self.durability.startswith("every") else 1
 
 
 def load_policy(

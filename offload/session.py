@@ -16,22 +16,22 @@ from torch import nn
 from offload import machine, materialise, routing
 from offload.attach import Attachment
 from offload.chunk import Chunk
-from offload.engine import Engine
 from offload.errors import StateError
 from offload.export import export_model
 from offload.formats import FORMATS, Plane
 from offload.hooks import Autograd
-from offload.io import choose_backend
 from offload.landing import Gradients
+from offload.manifest import Manifest
+from offload.opening import manifest_to_resume, open_commits, open_engine
 from offload.openmp import Calm
 from offload.partition import Partition, partition
 from offload.plan import Plan, make_plan
 from offload.planes import PlaneReader
 from offload.policy import OffloadPolicy, format_nbytes
+from offload.recovery import Recovered, adopt
 from offload.report import MemoryReport, memory_report
-from offload.slots import Slab
+from offload.runstate import RunState
 from offload.stats import StepStats
-from offload.store import ChunkStore
 from offload.timeline import Timeline
 from offload.transfer import Device, make_device
 from offload.update import pack_ops
@@ -74,6 +74,7 @@ class Session:
         self._scales: dict[tuple[int, int], float] = {}
         self._captured: list[tuple[Any, ...]] | None = None  # for this step's eager updates
         self._clipped = False
+        self.recovered: Recovered | None = None
         self._refuse_twice()
         parts = partition(model)
         self._check_weights(weights)
@@ -82,17 +83,23 @@ class Session:
         fmt, host = FORMATS[policy.state.format], self.device.is_host
         try:
             self.plan = make_plan(parts.specs, fmt, policy, host_compute=host)
-            self._engine = self._open_engine(parts, poison=poison)
+            manifest = manifest_to_resume(policy, weights, parts.specs)
+            self._engine = open_engine(
+                policy, self.plan, parts.params, device=self.device, timeline=self.timeline,
+                poison=poison, manifest=manifest,
+            )  # fmt: skip
+            commits = open_commits(self._engine, manifest)
         except BaseException:
             self.device.close()
             raise
+        self.run = RunState(self._engine, model, commits, manifest)
         self._dtypes = {id(p): p.dtype for c in self._engine.chunks for p in c.params}
         self._planes = PlaneReader(self._engine)
         self._calm = Calm() if self.device.is_host else None
         self._watch: contextlib.AbstractContextManager[object] | None = None
         atexit.register(self._shut)  # a program that ends inside the context leaves no files
         try:
-            self._materialise(weights)
+            self._materialise(weights, manifest)
             self._attach(parts)
         except BaseException:
             self._abort(constructing=True)
@@ -116,38 +123,10 @@ class Session:
                 "safetensors>."
             )
 
-    def _open_engine(self, parts: Partition, *, poison: bool) -> Engine:
-        chunks = [Chunk(s, p) for s, p in zip(parts.specs, parts.params, strict=True)]
-        store, backend = None, "threads"
-        nvme = self.policy.tiers.nvme
-        if self.plan.uses_nvme and nvme is not None:
-            backend, reason = choose_backend(nvme.io)
-            fell_back = nvme.io == "auto" and backend != "uring"
-            logger.log(
-                logging.WARNING if fell_back else logging.INFO, "I/O: %s: %s", backend, reason
-            )
-            store = ChunkStore(nvme.paths)
-        slab = Slab(self.plan.slab_nbytes)
-        try:
-            slab.populate()
-            self.device.register(slab)
-            return Engine(
-                self.plan,
-                chunks,
-                slab=slab,
-                store=store,
-                nvme_budget=nvme.budget if nvme else None,
-                backend=backend,
-                device=self.device,
-                timeline=self.timeline,
-                poison=poison,
-            )
-        except BaseException:
-            slab.close()
-            raise
-
-    def _materialise(self, weights: str | Path | None) -> None:
-        if weights is None:
+    def _materialise(self, weights: str | Path | None, manifest: Manifest | None) -> None:
+        if manifest is not None:
+            self.recovered = adopt(self._engine, self.model, manifest)
+        elif weights is None:
             materialise.from_memory(self._engine)
         elif weights == "init":
             materialise.from_initialisers(self._engine, self.model)
@@ -218,6 +197,7 @@ class Session:
         self._choose_update_mode()
         self.gradients.end_step()
         self._engine.end_step()
+        self.run.end_step()
         if self._attachment is not None:
             self._attachment.checked = False
         self._scales.clear()
@@ -342,9 +322,15 @@ class Session:
         return self._planes.state(*self._find(name))
 
     def flush(self) -> None:
-        """Finish every pending update."""
+        """Finish every pending update, and the commit that waits for it."""
         self._check_open()
         self._engine.flush()
+        self.run.settle()
+
+    def commit(self) -> None:
+        """Make the state that the last step left durable now, whatever the cadence. Blocks."""
+        self._check_open()
+        self.run.commit(is_between_steps=not self.gradients.anything_updated)
 
     def stats(self) -> StepStats:
         """Bytes, seconds and stalls of the last finished step."""
@@ -422,19 +408,22 @@ class Session:
         if self._closed:
             raise StateError("this engine is closed; offload the model again.")
 
-    def close(self, *, give_back: bool = True) -> None:
+    def close(self, *, give_back: bool = True, discard: bool = False) -> None:
         """Finish updates, give the weights back to the model where RAM allows, remove the files.
 
-        With give_back=False the model keeps placeholders. Idempotent.
+        Under durability the last step is committed and the files stay, for weights="resume";
+        `discard` removes them. With give_back=False the model keeps placeholders. Idempotent.
         """
         if self._closed:
             return
         try:
             self._engine.flush()
+            if not (discard or self.gradients.anything_updated):
+                self.run.commit_last()
             if give_back:
                 self._give_back()
         finally:
-            self._shut()
+            self._shut(discard=discard)
 
     def _abort(self, *, constructing: bool = False) -> None:
         """After an exception: keep what can be kept, and leave no thread, file or lock behind.
@@ -452,7 +441,7 @@ class Session:
             if constructing:
                 self._give_back()
             elif not self._engine.failed:
-                self._engine.flush()
+                self.flush()
                 self._give_back()
             else:
                 logger.warning(
@@ -479,13 +468,14 @@ class Session:
         for chunk in chunks:
             self._planes.give_back(chunk, self._dtypes)
 
-    def _shut(self) -> None:
+    def _shut(self, *, discard: bool = False) -> None:
         self._closed = True
         atexit.unregister(self._shut)
         routing.unregister(self)
         if self._attachment is not None:
             self._attachment.undo()
-        self._engine.close()
+        is_durable = self.run.end()
+        self._engine.close(keep=is_durable and not discard)
         if self._calm is not None:
             self._calm.close()
         if not self.device.is_host:

@@ -2,26 +2,24 @@
 
 Planes are striped over all paths, so several drives need no RAID. A file is made whole before
 training starts: a full disk is an error then, not later.
+
+[Note: two extents] Under durability a plane has two extents. What is committed is never written:
+an update reads the newest version and writes the extent that is not committed. `PlaneExtents` is
+that rule, and the only place that knows it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from offload import machine
+from offload import swapfile
 from offload.errors import BudgetError, StateError, StorageError
 from offload.slots import round_up
-
-logger = logging.getLogger("offload")
-ALIGN_NBYTES = 4096
-SWAP_NAME = "offload.swap"
-LOCK_NAME = "offload.lock"
+from offload.swapfile import ALIGN_NBYTES, LOCK_NAME, SWAP_NAME, RunFiles
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,20 +33,79 @@ class Extent:
         return sum(piece[2] for piece in self.pieces)
 
 
-class ChunkStore:
-    """Owns the swap files. `allocate` plans extents; `open` makes the files real; `close` removes
-    them.
+class PlaneExtents:
+    """The versions of one plane on NVMe; see [Note: two extents]. `committed` indexes `extents`;
+    None before the first commit.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    __slots__ = ("_newest", "committed", "extents")
+
+    def __init__(self, extents: Sequence[Extent], committed: int | None = None) -> None:
+        self.extents = tuple(extents)
+        self.committed = committed
+        self._newest = committed or 0
+
+    @property
+    def newest(self) -> Extent:
+        """What to read."""
+        return self.extents[self._newest]
+
+    @property
+    def target(self) -> Extent:
+        """What to write: never the committed version, where there are two."""
+        return self.extents[self._target]
+
+    @property
+    def _target(self) -> int:
+        if len(self.extents) == 1 or self.committed is None:
+            return self._newest
+        return 1 - self.committed
+
+    def target_of(self, chunk: str) -> Extent:
+        """The target, for code other than an update; StateError where that is the committed one."""
+        if len(self.extents) == 1 and self.committed is not None:
+            raise StateError(
+                f"chunk {chunk} is frozen, and a commit names its only copy: writing it would "
+                "break recovery. Set durability: off, or let it require gradients from the start."
+            )
+        return self.target
+
+    def wrote(self) -> None:
+        """The whole target has been written: it is the newest version now."""
+        self._newest = self._target
+
+    @property
+    def newest_index(self) -> int:
+        """Where in `extents` the newest version is."""
+        return self._newest
+
+    def commit(self) -> None:
+        """A manifest that names the newest version is durable."""
+        self.committed = self._newest
+
+
+class ChunkStore:
+    """Owns the swap files. `allocate` plans extents; `open` makes the files real; `close` removes
+    them, unless they hold a committed run.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, run: RunFiles | None = None) -> None:
         self.paths = tuple(paths)
+        self.run = run
         self._file_nbytes = [0] * len(paths)
+        if run is not None:
+            self._file_nbytes = list(run.used_nbytes) or [ALIGN_NBYTES] * len(paths)
         self._locks: list[int] = []
         self._fds: list[int] = []
 
     @property
     def nbytes(self) -> int:
         return sum(self._file_nbytes)
+
+    @property
+    def file_nbytes(self) -> tuple[int, ...]:
+        """Bytes of each swap file."""
+        return tuple(self._file_nbytes)
 
     def allocate(self, nbytes: int) -> Extent:
         """Book space for one plane, striped evenly over the files."""
@@ -75,14 +132,24 @@ class ChunkStore:
                 f"{budget_nbytes}. "
                 f"Raise tiers.nvme.budget to at least {self.nbytes}, or raise tiers.cpu.budget."
             )
+        is_old = self.run is not None and bool(self.run.used_nbytes)
         try:
             for path in self.paths:
-                self._locks.append(_lock(path))
-            for path, nbytes in zip(self.paths, self._file_nbytes, strict=True):
-                self._fds.append(_make_file(path / SWAP_NAME, max(nbytes, ALIGN_NBYTES)))
+                self._locks.append(swapfile.lock(path))
+                if not is_old:
+                    swapfile.refuse_committed(path)
+            for index, path in enumerate(self.paths):
+                nbytes = max(self._file_nbytes[index], ALIGN_NBYTES)
+                self._fds.append(self._open_swap(index, path, nbytes))
         except BaseException:
-            self.close()
+            self.close(keep=is_old)
             raise
+
+    def _open_swap(self, index: int, path: Path, nbytes: int) -> int:
+        if self.run is None:
+            return swapfile.open_swap(path, nbytes, None, used_nbytes=0)
+        used = self.run.used_nbytes[index] if self.run.used_nbytes else 0
+        return swapfile.open_swap(path, nbytes, self.run.header(index), used_nbytes=used)
 
     def segments(self, extent: Extent) -> list[tuple[int, int, int]]:
         """(fd, offset, nbytes) of the extent's pieces, for the update worker."""
@@ -101,104 +168,25 @@ class ChunkStore:
         path = self.paths[self._fds.index(fd)] / SWAP_NAME if fd in self._fds else "?"
         return StorageError(code, action, path=str(path), offset=offset, chunk=chunk)
 
-    def close(self) -> None:
-        """Remove the swap files and give the locks back. Idempotent."""
+    def sync(self) -> None:
+        """Flush what has been written to the drives. Blocks; raises StorageError."""
+        for fd, path in zip(self._fds, self.paths, strict=True):
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                raise StorageError(
+                    error.errno or errno.EIO, "flushing", path=str(path / SWAP_NAME)
+                ) from error
+
+    def close(self, *, keep: bool = False) -> None:
+        """Give the locks back; remove the swap files, or keep a committed run. Idempotent."""
         for fd, path in zip(self._fds, self.paths, strict=False):
             os.close(fd)
-            (path / SWAP_NAME).unlink(missing_ok=True)
+            if not keep:
+                (path / SWAP_NAME).unlink(missing_ok=True)
+                swapfile.remove_run_files(path)
         self._fds.clear()
         for lock, path in zip(self._locks, self.paths, strict=False):
             (path / LOCK_NAME).unlink(missing_ok=True)
             os.close(lock)
         self._locks.clear()
-
-
-def _lock(path: Path) -> int:
-    """Take the path's lock. It dies with the process: a stale one never stands in the way."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StorageError(
-            error.errno or errno.EIO, "making the run directory", path=str(path)
-        ) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise StateError(
-            f"{path} is in use by another run (pid {holder}). "
-            "Wait for it to end, or name another folder in tiers.nvme.paths."
-        ) from error
-    if not _is_same_file(fd, path / LOCK_NAME):  # its last holder removed it meanwhile
-        os.close(fd)
-        return _lock(path)
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
-
-
-def _is_same_file(fd: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _make_file(path: Path, nbytes: int) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    fd = -1
-    try:
-        fd = _open_direct(path, flags)
-        _preallocate(fd, path, nbytes)
-    except OSError as error:
-        if fd >= 0:
-            os.close(fd)
-            path.unlink(missing_ok=True)
-        raise _creation_error(error, path, nbytes) from error
-    return fd
-
-
-def _open_direct(path: Path, flags: int) -> int:
-    try:
-        fd = os.open(path, flags | os.O_DIRECT, 0o600)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-        logger.warning(
-            "%s: this file system has no direct I/O; transfers go through the page cache, which "
-            "costs "
-            "memory outside the budget and CPU time for the copies", path,
-        )  # fmt: skip
-        return os.open(path, flags, 0o600)
-    if machine.is_tmpfs(path.parent):
-        logger.warning("%s lies on tmpfs: its bytes are RAM, outside tiers.cpu.budget", path)
-    align = machine.dioalign(path)
-    if align is not None and max(align) > ALIGN_NBYTES:
-        os.close(fd)
-        raise OSError(errno.EINVAL, f"needs {max(align)}-byte alignment")
-    return fd
-
-
-def _preallocate(fd: int, path: Path, nbytes: int) -> None:
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        logger.warning("%s: this file system cannot preallocate, so a full disk shows late", path)
-        os.ftruncate(fd, nbytes)
-
-
-def _creation_error(error: OSError, path: Path, nbytes: int) -> StorageError:
-    code = error.errno or errno.EIO
-    if code == errno.ENOSPC:
-        free = machine.free_nbytes(path.parent)
-        remedy = (
-            f"The run needs {nbytes} bytes there and {free} are free. Free space, name more or "
-            "other "
-            "paths in tiers.nvme.paths, or raise tiers.cpu.budget."
-        )
-        return StorageError(code, "preallocating", path=str(path), remedy=remedy)
-    return StorageError(code, "making the swap file", path=str(path))

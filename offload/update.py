@@ -116,10 +116,16 @@ class UpdatePipeline:
         numel: int,
         planes: Sequence[PlaneArgument | None],
         ops: bytes,
+        *,
+        write_all: bool = False,
     ) -> None:
-        """Start one job; it completes exactly once. All memory and files must outlive it."""
+        """Start one job; it completes exactly once. All memory and files must outlive it.
+
+        With `write_all` the write segments are another version of the planes, and get all of them;
+        else only what the ops change is written.
+        """
         rows = tuple(None if p is None else (p.address, p.read, p.write) for p in planes)
-        self._pipeline.submit(tag, fmt_code, numel, rows, ops)
+        self._pipeline.submit(tag, fmt_code, numel, rows, ops, write_all)
 
     def poll(self) -> list[UpdateCompletion]:
         return [UpdateCompletion(*row) for row in self._pipeline.poll()]

@@ -56,7 +56,9 @@ class FakeQueue(FakeSource):
 
 
 class FakePipeline(FakeSource):
-    def submit(self, tag: int, fmt_code: int, numel: int, planes: list, ops: bytes) -> None:
+    def submit(
+        self, tag: int, fmt_code: int, numel: int, planes: list, ops: bytes, *, write_all: bool
+    ) -> None:
         self.submitted.append(tag)
 
     def complete(self, tag: int, result: int = 0) -> None:
@@ -98,7 +100,7 @@ class Bench:
         return self.queue.submitted[-1]
 
     def start_update(self, name: str) -> int:
-        self.flight.start_update(name, 1, 4096, [], b"", self.log.finish(name))
+        self.flight.start_update(name, 1, 4096, [], b"", self.log.finish(name), write_all=False)
         return self.pipeline.submitted[-1]
 
     def start_copy(self, name: str, keep: tuple[object, ...] = ()) -> StandinEvent:

@@ -274,8 +274,6 @@ def test_a_bad_value_is_named_with_its_path_and_what_is_accepted(path: str, valu
         ("state.format", "bf16", "exact"),
         ("state.format", "int8", "fp32"),
         ("activations.policy", "offload", "recompute"),
-        ("durability", "step", "off"),
-        ("durability", True, "off"),
     ],
 )
 def test_what_does_not_exist_yet_is_refused_with_what_does(

@@ -14,7 +14,8 @@ from parity import bits
 from offload import io, store
 from offload.errors import BudgetError, StateError, StorageError
 from offload.slots import Slab
-from offload.store import ALIGN_NBYTES, LOCK_NAME, SWAP_NAME, ChunkStore, Extent
+from offload.store import ChunkStore, Extent
+from offload.swapfile import ALIGN_NBYTES, LOCK_NAME, SWAP_NAME
 
 KIB = 1024
 

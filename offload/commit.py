@@ -1,0 +1,286 @@
+"""Commits: a finished step made durable in the background, so that a crash loses at most the next.
+
+[Note: commit] The protocol, in this order, each step after the one before has ended:
+1. every update of the step has written its planes to extents that are not committed, and what
+   rests in RAM has been written likewise;
+2. fdatasync of every swap file;
+3. the checksums of the newest extents, into the one of two files that the manifest does not name,
+   and fsync;
+4. the manifest to a temporary file, fsync, rename over the old one, fsync of the folder.
+Whenever it dies, the manifest on disk is whole, and names extents and checksums that nothing has
+written since. The next step computes beside all this; only its first write waits, because the
+extents that it writes are those of the last commit.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import enum
+import errno
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from offload import io, manifest
+from offload.chunk import Chunk, ChunkSpec
+from offload.engine import Engine
+from offload.errors import StateError, StorageError
+from offload.manifest import ChunkRecord, Manifest, ParamRecord, PlaneRecord, TensorRecord
+from offload.store import ChunkStore, PlaneExtents
+from offload.swapfile import MANIFEST_NAME, MEMBER_NAME
+from offload.tier import Link
+
+_CAUSE = "commit"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What a step leaves beside its planes. Frozen: the next step may be under way when it is
+    written.
+    """
+
+    step: int
+    num_steps: tuple[tuple[int, ...], ...]  # by chunk and parameter
+    buffers: dict[str, TensorRecord]
+    rng: dict[str, str]
+    progress: dict[str, Any]
+
+
+class _Phase(enum.Enum):
+    IDLE = "idle"
+    UPDATING = "updating"  # updates of the step are still to come
+    SAVING = "saving"  # planes that rest in RAM are on their way to the drive
+    SYNCING = "syncing"  # the thread flushes and renames
+
+
+class Commits:
+    """Commits every so many steps. All methods run on the engine's thread; one thread of its own
+    flushes.
+    """
+
+    def __init__(self, engine: Engine, store: ChunkStore, run: str) -> None:
+        self._engine = engine
+        self._store = store
+        self._run = run
+        self._slot = 0  # of the checksum file to write next
+        self._phase = _Phase.IDLE
+        self._record: StepRecord | None = None
+        self._num_saving = 0
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "offload-commit")
+        self._future: concurrent.futures.Future[None] | None = None
+        self._start = 0.0
+        self._is_first = True
+        self.last_step: int | None = None  # the newest one that is durable
+        engine.before_change = self.settle
+        engine.after_poll = self.advance
+
+    def continue_from(self, manifest: Manifest) -> None:
+        """This run has been committed before."""
+        self.last_step = manifest.step
+        if manifest.checksums is not None:
+            self._slot = 1 - manifest.checksums.slot
+
+    def begin(self, record: StepRecord) -> None:
+        """Commit the state that this step leaves, as soon as its updates are done. Does not
+        block.
+        """
+        if self._phase is not _Phase.IDLE:
+            raise StateError("a commit began while another was under way.")
+        self._record, self._phase = record, _Phase.UPDATING
+        self._start = time.perf_counter()
+        self.advance()
+
+    def advance(self) -> None:
+        """Go as far as is possible without waiting."""
+        if self._phase is _Phase.UPDATING and not self._pending():
+            self._save()
+        if self._phase is _Phase.SAVING and not self._num_saving:
+            self._sync()
+        if self._phase is _Phase.SYNCING and self._future is not None and self._future.done():
+            self._finish(self._future)
+
+    def settle(self) -> None:
+        """Wait until nothing is left to commit. Raises StorageError where it failed."""
+        if self._phase is _Phase.IDLE:
+            return
+        for chunk in self._pending():
+            self._engine.finish_update(chunk, wait=True)
+        self.advance()
+        while self._phase is _Phase.SAVING:
+            self._engine.block(Link.WRITE.value)
+            self.advance()
+        if self._future is not None:
+            start = time.perf_counter()
+            concurrent.futures.wait([self._future])
+            self._engine.stats.stalled(_CAUSE, time.perf_counter() - start)
+            self._finish(self._future)
+
+    def close(self) -> None:
+        """Wait for the thread, whatever becomes of its commit. Idempotent."""
+        self._thread.shutdown(wait=True)
+
+    def _pending(self) -> list[Chunk]:
+        return [chunk for chunk in self._engine.chunks if chunk.update is not None]
+
+    def _save(self) -> None:
+        """Write what rests in RAM and has changed."""
+        self._phase = _Phase.SAVING
+        for chunk in self._engine.chunks:
+            for plane in sorted(chunk.unsaved, key=lambda plane: plane.value):
+                self._num_saving += 1
+                extents = chunk.extents[plane]
+
+                def finish(
+                    result: int, fd: int, offset: int, chunk: Chunk = chunk,
+                    extents: PlaneExtents = extents,
+                ) -> None:  # fmt: skip
+                    self._num_saving -= 1
+                    if result < 0:
+                        raise self._store.error(-result, "committing", fd, offset, chunk.name)
+                    extents.wrote()
+
+                address = chunk.pinned[plane].address
+                self._engine.start_plane(
+                    io.WRITE, extents.target, address, chunk, finish, io.WRITE_BACK
+                )
+            chunk.unsaved.clear()
+
+    def _sync(self) -> None:
+        self._phase = _Phase.SYNCING
+        self._future = self._thread.submit(self._write)
+
+    def _finish(self, future: concurrent.futures.Future[None]) -> None:
+        self._future, self._phase = None, _Phase.IDLE
+        try:
+            future.result()
+        except Exception as error:
+            self._engine.fail(error)
+            raise
+        for chunk in self._engine.chunks:
+            for extents in self._state_extents(chunk):
+                extents.commit()
+        self._slot, self._is_first = 1 - self._slot, False
+        self.last_step = self._record.step if self._record is not None else None
+        end = time.perf_counter()
+        self._engine.timeline.record(_CAUSE, f"step {self.last_step}", _CAUSE, self._start, end, 0)
+
+    def _state_extents(self, chunk: Chunk) -> list[PlaneExtents]:
+        return [chunk.extents[plane] for plane in chunk.spec.state_planes(self._engine.plan.fmt)]
+
+    # ---- on the thread: what it reads does not change before _finish ----
+
+    def _write(self) -> None:
+        self._store.sync()
+        if self._is_first:
+            self._claim_folders()
+        content = manifest.encode(self._manifest())
+        write_durably(self._store.paths[0] / MANIFEST_NAME, content)
+
+    def _claim_folders(self) -> None:
+        """Mark the other paths as parts of a run, and make all swap files' names durable."""
+        for index, path in enumerate(self._store.paths):
+            if index:
+                write_durably(path / MEMBER_NAME, f"{self._run} {index}\n".encode())
+            else:
+                _sync_folder(path)
+
+    def _manifest(self) -> Manifest:
+        record = self._record
+        if record is None:
+            raise StateError("a commit without a step.")
+        chunks = zip(self._engine.chunks, record.num_steps, strict=True)
+        return Manifest.model_construct(
+            run=self._run,
+            step=record.step,
+            state_format=self._engine.plan.fmt.name,
+            file_nbytes=self._store.file_nbytes,
+            checksums=None,
+            chunks=tuple(self._chunk_record(chunk, counts) for chunk, counts in chunks),
+            buffers=record.buffers,
+            rng=record.rng,
+            progress=record.progress,
+            kind="run",
+        )
+
+    def _chunk_record(self, chunk: Chunk, num_steps: tuple[int, ...]) -> ChunkRecord:
+        return ChunkRecord.model_construct(
+            name=chunk.name,
+            numel=chunk.spec.numel,
+            params=param_records_of(chunk.spec),
+            num_steps=num_steps,
+            planes={
+                plane.value: PlaneRecord.model_construct(
+                    extents=tuple(extent.pieces for extent in chunk.extents[plane].extents),
+                    committed=chunk.extents[plane].newest_index,
+                )
+                for plane in chunk.spec.state_planes(self._engine.plan.fmt)
+            },
+        )
+
+
+def param_records_of(spec: ChunkSpec) -> tuple[ParamRecord, ...]:
+    """The layout of a chunk, as the manifest has it."""
+    return tuple(
+        ParamRecord.model_construct(
+            name=param.name,
+            shape=param.shape,
+            offset=param.offset,
+            numel=param.numel,
+            trainable=param.trainable,
+        )
+        for param in spec.params
+    )
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Replace a small file so that a crash leaves the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        write_synced(temporary, [content])
+        os.rename(temporary, path)
+    except OSError as error:
+        raise StorageError(error.errno or errno.EIO, "committing", path=str(path)) from error
+    _sync_folder(path.parent)
+
+
+def write_synced(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+    """Write a file from its start and flush it. Raises OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(path, flags, 0o600)
+    try:
+        for piece in pieces:
+            view = memoryview(piece).cast("B")
+            while view:
+                view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_folder(path: Path) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise StorageError(error.errno or errno.EIO, "flushing", path=str(path)) from error
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in a folder. Raises StorageError where there is none, or it is broken."""
+    path = folder / MANIFEST_NAME
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with open(fd, "rb") as file:
+            content = file.read(manifest.MANIFEST_NBYTES_MAX)
+    except OSError as error:
+        remedy = "" if error.errno != errno.ENOENT else f"There is no committed run in {folder}."
+        raise StorageError(
+            error.errno or errno.EIO, "reading", path=str(path), remedy=remedy
+        ) from error
+    return manifest.decode(content, str(path))

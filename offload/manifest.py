@@ -1,0 +1,231 @@
+"""The manifest: what a committed step is, in one file. Pure: bytes in, Manifest out, and back.
+
+A manifest is data of unknown origin. Everything in it is checked before anything is believed: its
+own checksum, its version, every extent against its file and against every other. It names no paths:
+files are numbered, and who opens a run says where they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import zlib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from offload.errors import StateError, StorageError
+from offload.formats import FORMATS, Plane
+from offload.store import Extent, PlaneExtents
+from offload.swapfile import ALIGN_NBYTES
+
+VERSION = 1
+MANIFEST_NBYTES_MAX = 1 << 30
+_MAGIC = b"offload-manifest"
+_HEAD_NBYTES_MAX = 128
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Name = Annotated[str, Field(max_length=4096)]
+Piece = tuple[Annotated[int, Field(ge=0, lt=64)], Count, Count]  # file, offset, nbytes
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PlaneRecord(_Record):
+    """The extents of one plane, and which of them is committed."""
+
+    extents: tuple[tuple[Piece, ...], ...] = Field(min_length=1, max_length=2)
+    committed: Annotated[int, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _names_an_extent(self) -> PlaneRecord:
+        if self.committed >= len(self.extents):
+            raise ValueError("the committed extent does not exist")
+        return self
+
+    def restored(self) -> PlaneExtents:
+        """The mutable form, as of the commit."""
+        return PlaneExtents([Extent(pieces) for pieces in self.extents], self.committed)
+
+
+class ParamRecord(_Record):
+    """One parameter's place in its chunk; offset and numel in elements."""
+
+    name: Name
+    shape: tuple[Count, ...] = Field(max_length=64)
+    offset: Count
+    numel: Count
+    trainable: bool
+
+
+class ChunkRecord(_Record):
+    """One chunk: its layout, its planes, and the optimizer steps that its parameters have taken."""
+
+    name: Name
+    numel: Annotated[int, Field(ge=1, le=2**50)]
+    params: tuple[ParamRecord, ...]
+    num_steps: tuple[Count, ...]
+    planes: dict[str, PlaneRecord]
+
+
+class TensorRecord(_Record):
+    """A small tensor of the model itself, such as a batch norm's statistics."""
+
+    dtype: Annotated[str, Field(max_length=32)]
+    shape: tuple[Count, ...] = Field(max_length=64)
+    data: str  # base64 of the bytes
+
+
+class ChecksumsRecord(_Record):
+    """The file that has the checksums of the committed extents, in the manifest's order."""
+
+    slot: Annotated[int, Field(ge=0, le=1)]  # two files take turns: never the committed one
+    block_nbytes: Annotated[int, Field(ge=ALIGN_NBYTES, le=2**20, multiple_of=ALIGN_NBYTES)]
+    nbytes: Count
+    crc32: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class Manifest(_Record):
+    """A committed step. `rng` has torch's state in base64 by device, `progress` is the user's."""
+
+    run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    step: Count
+    state_format: Annotated[str, Field(max_length=32)]
+    file_nbytes: tuple[Count, ...] = Field(min_length=1, max_length=64)
+    checksums: ChecksumsRecord | None
+    chunks: tuple[ChunkRecord, ...]
+    buffers: dict[str, TensorRecord]
+    rng: dict[str, str]
+    progress: dict[str, Any]
+    kind: Literal["run", "checkpoint"] = "run"
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Manifest:
+        for chunk in self.chunks:
+            _check_chunk(chunk, self.state_format)
+        _check_apart(self)
+        return self
+
+    def planes(self) -> Iterator[tuple[int, Plane, PlaneRecord]]:
+        """(chunk index, plane, record) of everything committed, in the order of the checksums."""
+        for index, chunk in enumerate(self.chunks):
+            for plane in FORMATS[self.state_format].state_planes:
+                if plane.value in chunk.planes:
+                    yield index, plane, chunk.planes[plane.value]
+
+    def used_nbytes(self) -> tuple[int, ...]:
+        """How far the extents reach in each file."""
+        ends = [ALIGN_NBYTES] * len(self.file_nbytes)
+        for _, _, record in self.planes():
+            for pieces in record.extents:
+                for file, offset, nbytes in pieces:
+                    ends[file] = max(ends[file], offset + nbytes)
+        return tuple(ends)
+
+
+def _check_chunk(chunk: ChunkRecord, state_format: str) -> None:
+    fmt = FORMATS.get(state_format)
+    if fmt is None:
+        raise ValueError(f"state format {state_format!r} is unknown")
+    if len(chunk.num_steps) != len(chunk.params):
+        raise ValueError(f"chunk {chunk.name}: step counts and parameters differ in number")
+    for param in chunk.params:
+        if param.offset + param.numel > chunk.numel:
+            raise ValueError(f"chunk {chunk.name}: parameter {param.name} reaches beyond it")
+    known = {plane.value: plane for plane in fmt.state_planes}
+    if not set(chunk.planes) <= set(known) or Plane.WEIGHT.value not in chunk.planes:
+        raise ValueError(f"chunk {chunk.name}: planes {sorted(chunk.planes)} are not {fmt.name}'s")
+    for name, record in chunk.planes.items():
+        for pieces in record.extents:
+            if sum(nbytes for _, _, nbytes in pieces) != chunk.numel * fmt.itemsize(known[name]):
+                raise ValueError(f"chunk {chunk.name}: plane {name} has another size")
+
+
+def _check_apart(manifest: Manifest) -> None:
+    """Every piece is aligned, inside its file, behind the header, and apart from all others."""
+    ranges: list[tuple[int, int, int]] = []
+    for _, _, record in manifest.planes():
+        for pieces in record.extents:
+            ranges += pieces
+    end = (0, ALIGN_NBYTES)
+    for file, offset, nbytes in sorted(ranges):
+        if offset % ALIGN_NBYTES or nbytes % ALIGN_NBYTES or nbytes == 0:
+            raise ValueError(f"extent at {offset} of file {file} is not aligned")
+        if file >= len(manifest.file_nbytes) or offset + nbytes > manifest.file_nbytes[file]:
+            raise ValueError(f"extent at {offset} lies outside of file {file}")
+        if offset < ALIGN_NBYTES or (file == end[0] and offset < end[1]):
+            raise ValueError(f"extent at {offset} of file {file} overlaps another")
+        end = (file, offset + nbytes)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The file's bytes: one line with version, checksum and length, then JSON."""
+    body = manifest.model_dump_json().encode()
+    head = b"%s %d %08x %d\n" % (_MAGIC, VERSION, zlib.crc32(body), len(body))
+    return head + body
+
+
+def decode(content: bytes, path: str) -> Manifest:
+    """The manifest of a file's bytes.
+
+    Raises StateError for a version that this code does not know, StorageError (EBADMSG) for
+    anything that encode() cannot have written; `path` is for the message.
+    """
+    body = _checked_body(content, path)
+    try:
+        return Manifest.model_validate_json(body)
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise _broken(path, f"{type(error).__name__}: {str(error)[:300]}") from error
+
+
+def _checked_body(content: bytes, path: str) -> bytes:
+    head, newline, body = content[:_HEAD_NBYTES_MAX].partition(b"\n")
+    fields = head.split(b" ")
+    if not newline or len(fields) != 4 or fields[0] != _MAGIC:
+        raise _broken(path, "it does not begin like a manifest")
+    if fields[1] != b"%d" % VERSION:
+        raise StateError(
+            f"{path} is of version {fields[1].decode(errors='replace')!r}, and this program reads "
+            f"version {VERSION}. Use the release that wrote it."
+        )
+    body = content[len(head) + 1 :]
+    if fields[3] != b"%d" % len(body) or fields[2] != b"%08x" % zlib.crc32(body):
+        raise _broken(path, "its content does not match its checksum")
+    return body
+
+
+def _broken(path: str, why: str) -> StorageError:
+    return StorageError(
+        errno.EBADMSG, "reading the manifest", path=path,
+        remedy=f"{why}. Nothing was read or written. Restore a checkpoint (weights=<its folder>), "
+        "or remove the run with `offload clean`.",
+    )  # fmt: skip
+
+
+def pack_tensor(tensor: torch.Tensor) -> TensorRecord:
+    """A copy of a small tensor, of any device."""
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return TensorRecord(
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        data=base64.b64encode(flat.numpy().tobytes()).decode(),
+    )
+
+
+def unpack_tensor(record: TensorRecord, name: str) -> torch.Tensor:
+    """The tensor again. Raises StateError where the record does not add up."""
+    dtype = getattr(torch, record.dtype, None)
+    try:
+        content = bytearray(base64.b64decode(record.data, validate=True))
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype {record.dtype}")
+        if not content:
+            return torch.empty(record.shape, dtype=dtype)
+        return torch.frombuffer(content, dtype=dtype).reshape(record.shape)
+    except (ValueError, RuntimeError, binascii.Error) as error:
+        raise StateError(f"the manifest's tensor {name} does not add up: {error}") from error

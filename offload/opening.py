@@ -1,0 +1,110 @@
+"""Opening an engine as a policy says: the run's files new or adopted, the slab, the I/O backend."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from offload.chunk import Chunk, ChunkSpec
+from offload.commit import Commits, read_manifest
+from offload.engine import Engine
+from offload.errors import PolicyError
+from offload.formats import FORMATS
+from offload.io import choose_backend
+from offload.manifest import Manifest
+from offload.plan import Plan
+from offload.policy import OffloadPolicy
+from offload.recovery import check_same_model, homes_of
+from offload.slots import Slab
+from offload.store import ChunkStore
+from offload.swapfile import RunFiles
+from offload.timeline import Timeline
+from offload.transfer import Device
+
+logger = logging.getLogger("offload")
+RESUME = "resume"
+
+
+def manifest_to_resume(
+    policy: OffloadPolicy, weights: str | Path | None, specs: Sequence[ChunkSpec]
+) -> Manifest | None:
+    """The manifest of the run to go on with, or None where a new one begins.
+
+    Raises StorageError where there is none or it is broken, StateError for another model.
+    """
+    nvme = policy.tiers.nvme
+    if weights != RESUME:
+        return None
+    if nvme is None or not policy.commit_every:
+        raise PolicyError("weights='resume' goes on with a committed run: set durability: step.")
+    manifest = read_manifest(nvme.paths[0])
+    where = f"the run in {nvme.paths[0]}"
+    check_same_model(manifest, specs, FORMATS[policy.state.format], where)
+    if len(manifest.file_nbytes) != len(nvme.paths):
+        raise PolicyError(
+            f"tiers.nvme.paths names {len(nvme.paths)} folders, {where} has "
+            f"{len(manifest.file_nbytes)}. Name them all, in the order of the run; to move to "
+            "other drives, start from a checkpoint of it (weights=<its folder>)."
+        )
+    return manifest
+
+
+def open_engine(
+    policy: OffloadPolicy,
+    plan: Plan,
+    params: Sequence[Sequence[nn.Parameter]],
+    *,
+    device: Device,
+    timeline: Timeline,
+    poison: bool,
+    manifest: Manifest | None,
+) -> Engine:
+    """An engine with its slab, and its files where the plan needs some."""
+    chunks = [Chunk(s, p) for s, p in zip(plan.specs, params, strict=True)]
+    store, backend = None, "threads"
+    nvme = policy.tiers.nvme
+    if plan.uses_files and nvme is not None:
+        backend, reason = choose_backend(nvme.io)
+        fell_back = nvme.io == "auto" and backend != "uring"
+        logger.log(logging.WARNING if fell_back else logging.INFO, "I/O: %s: %s", backend, reason)
+        store = ChunkStore(nvme.paths, run=_run_files(plan, manifest))
+    slab = Slab(plan.slab_nbytes)
+    try:
+        slab.populate()
+        device.register(slab)
+        return Engine(
+            plan,
+            chunks,
+            slab=slab,
+            store=store,
+            nvme_budget=nvme.budget if nvme else None,
+            homes=homes_of(manifest) if manifest else None,
+            backend=backend,
+            device=device,
+            timeline=timeline,
+            poison=poison,
+        )
+    except BaseException:
+        slab.close()
+        raise
+
+
+def _run_files(plan: Plan, manifest: Manifest | None) -> RunFiles | None:
+    if manifest is not None:
+        return RunFiles(manifest.run, manifest.used_nbytes())
+    return RunFiles(uuid.uuid4().hex) if plan.commit_every else None
+
+
+def open_commits(engine: Engine, manifest: Manifest | None) -> Commits | None:
+    """The commits of an engine whose plan has some."""
+    store = engine.store
+    if store is None or store.run is None:
+        return None
+    commits = Commits(engine, store, store.run.run)
+    if manifest is not None:
+        commits.continue_from(manifest)
+    return commits

@@ -1,0 +1,121 @@
+"""Going on with a committed run: its extents are adopted as they are, nothing large is copied."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload import io, materialise
+from offload.chunk import ChunkSpec
+from offload.commit import param_records_of
+from offload.engine import Engine
+from offload.errors import StateError
+from offload.formats import StateFormat
+from offload.homes import PlaneKey
+from offload.manifest import ChunkRecord, Manifest, pack_tensor, unpack_tensor
+from offload.store import PlaneExtents
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """Where a run goes on: behind `step` optimizer steps, with what the user noted at the last."""
+
+    step: int
+    progress: dict[str, Any]
+
+
+def check_same_model(
+    manifest: Manifest, specs: Sequence[ChunkSpec], fmt: StateFormat, where: str
+) -> None:
+    """Raise StateError where the manifest is of another model or format; names what differs."""
+    if manifest.state_format != fmt.name:
+        raise StateError(
+            f"{where} was written in format {manifest.state_format}, the policy says {fmt.name}. "
+            "Set state.format to the run's."
+        )
+    if len(manifest.chunks) != len(specs):
+        raise StateError(
+            f"{where} has {len(manifest.chunks)} chunks, this model has {len(specs)}: it is "
+            "another model. Build the one that the run began with."
+        )
+    for record, spec in zip(manifest.chunks, specs, strict=True):
+        difference = _difference(record, spec)
+        if difference:
+            raise StateError(
+                f"{where}: {difference}. Build the model, and freeze its parameters, as the run "
+                "began."
+            )
+
+
+def _difference(record: ChunkRecord, spec: ChunkSpec) -> str:
+    if (record.name, record.numel) != (spec.name, spec.numel):
+        return f"chunk {record.name} of {record.numel} elements is {spec.name} of {spec.numel} here"
+    for old, new in zip(record.params, param_records_of(spec), strict=False):
+        if old != new:
+            return f"parameter {old.name} {old.shape} is {new.name} {new.shape} here"
+    if len(record.params) != len(spec.params):
+        return f"chunk {record.name} has {len(record.params)} parameters, here {len(spec.params)}"
+    return ""
+
+
+def homes_of(manifest: Manifest) -> dict[PlaneKey, PlaneExtents]:
+    """The extents of all planes, as of the commit."""
+    return {(index, plane): record.restored() for index, plane, record in manifest.planes()}
+
+
+def adopt(engine: Engine, model: nn.Module, manifest: Manifest) -> Recovered:
+    """Bring the pinned planes back into RAM, and the step counts, buffers and random states."""
+    for chunk in engine.chunks:
+        materialise.make_real(chunk)
+        for plane, region in chunk.pinned.items():
+            engine.move_plane(io.READ, chunk, plane, region.address)
+        chunk.filled = True
+    return adopt_rest(engine, model, manifest)
+
+
+def adopt_rest(engine: Engine, model: nn.Module, manifest: Manifest) -> Recovered:
+    """All of a committed step but its planes."""
+    for chunk, record in zip(engine.chunks, manifest.chunks, strict=True):
+        chunk.num_steps = list(record.num_steps)
+    materialise.materialise_buffers(model)
+    buffers = dict(model.named_buffers())
+    for name, packed in manifest.buffers.items():
+        if name not in buffers:
+            raise StateError(f"the run has a buffer {name}, this model has none of that name.")
+        with torch.no_grad():
+            buffers[name].copy_(unpack_tensor(packed, name))
+    set_random_states(manifest.rng)
+    return Recovered(step=manifest.step, progress=manifest.progress)
+
+
+def random_states(device: torch.device) -> dict[str, str]:
+    """The states of torch's generators: the CPU's, and the compute device's."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(s.numpy().tobytes()).decode() for name, s in states.items()}
+
+
+def set_random_states(states: dict[str, str]) -> None:
+    """Undo random_states; a device that is not here is left out."""
+    for name, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif name == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Any]:
+    """What state_dict() would have of buffers, packed: statistics, not what __init__ computes."""
+    return {
+        (f"{prefix}.{name}" if prefix else name): pack_tensor(buffer)
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }

@@ -1,0 +1,80 @@
+"""The steps of a run: counted, and committed where the policy says so."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch import nn
+
+from offload.commit import Commits, StepRecord
+from offload.engine import Engine
+from offload.errors import StateError
+from offload.manifest import Manifest
+from offload.recovery import persistent_buffers, random_states
+
+
+class RunState:
+    """Counts optimizer steps and hands each that is due to the commits. `progress` is the user's:
+    what JSON can hold, kept with every commit.
+    """
+
+    def __init__(
+        self, engine: Engine, model: nn.Module, commits: Commits | None, manifest: Manifest | None
+    ) -> None:
+        self.num_steps = manifest.step if manifest is not None else 0
+        self.progress: dict[str, Any] = dict(manifest.progress) if manifest is not None else {}
+        self._engine = engine
+        self._model = model
+        self._commits = commits
+
+    def end_step(self) -> None:
+        """An optimizer step has been given out. Does not block."""
+        self.num_steps += 1
+        if self._commits is not None and self.num_steps % self._engine.plan.commit_every == 0:
+            self._commits.begin(self._record())
+
+    def settle(self) -> None:
+        """Wait for the commit under way."""
+        if self._commits is not None:
+            self._commits.settle()
+
+    def commit(self, *, is_between_steps: bool) -> None:
+        """Make the state that the last step left durable now."""
+        if self._commits is None:
+            raise StateError("there is nothing to commit to: set durability: step in the policy.")
+        if not is_between_steps:
+            raise StateError("commit() between backward() and step(): call it after step().")
+        self._engine.flush()
+        self._commits.settle()
+        if self._commits.last_step != self.num_steps:
+            self._commits.begin(self._record())
+            self._commits.settle()
+
+    def commit_last(self) -> None:
+        """The same at the end of a run; nothing where there are no commits."""
+        if self._commits is not None and self.num_steps:
+            self.commit(is_between_steps=True)
+
+    def end(self) -> bool:
+        """Stop the thread; whether there is a committed step to come back to."""
+        commits, self._commits = self._commits, None
+        if commits is None:
+            return False
+        commits.close()
+        return commits.last_step is not None
+
+    def _record(self) -> StepRecord:
+        try:
+            progress = json.loads(json.dumps(self.progress))
+        except (TypeError, ValueError) as error:
+            raise StateError(
+                f"engine.progress cannot be kept with a commit: {error}. Use what JSON can hold."
+            ) from error
+        return StepRecord(
+            step=self.num_steps,
+            num_steps=tuple(tuple(chunk.num_steps) for chunk in self._engine.chunks),
+            buffers=persistent_buffers(self._model),
+            rng=random_states(self._engine.device.torch_device),
+            progress=progress,
+        )
