@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from offload.finetune import FinetuneConfig
+from offload.jobconfig import FinetuneConfig
 from offload.policy import policy_schema
 
 PAGE = Path(__file__).with_name("policy.md")

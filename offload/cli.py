@@ -101,7 +101,8 @@ def _root(
 def finetune(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Fine-tune a model as CONFIG says."""
     with _errors_as_messages(debug):
-        from offload.finetune import load_finetune, run
+        from offload.finetune import run
+        from offload.jobconfig import load_finetune
         from offload.progress import Reporter
 
         result = run(load_finetune(config, overrides or ()), Reporter())
@@ -113,10 +114,37 @@ def finetune(config: Config, overrides: Overrides = None, debug: Debug = False) 
 def plan(config: Config, overrides: Overrides = None, debug: Debug = False) -> None:
     """Show where everything of a job would lie, without training."""
     with _errors_as_messages(debug):
-        from offload.finetune import load_finetune, plan_job
+        from offload.finetune import plan_job
+        from offload.jobconfig import load_finetune
         from offload.progress import Reporter
 
         typer.echo(str(plan_job(load_finetune(config, overrides or ()), Reporter())))
+
+
+@app.command()
+def clean(
+    folders: Annotated[list[Path], typer.Argument(help="Folders to look through, such as runs/.")],
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Remove runs that died without a commit.")
+    ] = False,
+    committed: Annotated[
+        bool, typer.Option("--committed", help="With --remove: committed runs, too.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """List the runs that lie in FOLDERS, and remove those that nobody needs; never a live one."""
+    with _errors_as_messages(debug):
+        from offload import runs
+        from offload.policy import short_nbytes
+
+        for info in (info for folder in folders for info in runs.find_runs(folder)):
+            goes = info.kind is runs.RunKind.ORPHAN or (
+                committed and info.kind is runs.RunKind.COMMITTED
+            )
+            if remove and goes:
+                runs.remove(info.folder, committed=committed)
+            what = "removed" if remove and goes else "kept"
+            typer.echo(f"{what:<8} {short_nbytes(info.nbytes):>9}  {info}")
 
 
 @app.command()

@@ -9,29 +9,30 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BeforeValidator, Field
 
 import offload
 from offload import machine
-from offload.data import Batches, Corpus, DataSection, Tokenizer, prepare_corpus
-from offload.errors import NumericsError, PolicyError
-from offload.loss import next_token_loss
-from offload.policy import OffloadPolicy, Section, load_config, short_nbytes
-from offload.progress import Bar, JsonlLog, Reporter
-from offload.sources import (
-    ModelSection,
-    ModelSource,
-    build_on_meta,
-    open_source,
-    quiet_transformers,
-    run_child,
+from offload.data import Batches, Corpus, Tokenizer, prepare_corpus
+from offload.errors import NumericsError, PolicyError, StateError
+from offload.jobconfig import (
+    FinetuneConfig,
+    OutputSection,
+    TrainSection,
+    changed_numbers,
+    numbers_of,
 )
+from offload.loss import next_token_loss
+from offload.policy import OffloadPolicy, short_nbytes
+from offload.progress import Bar, JsonlLog, Reporter
+from offload.runs import remove
+from offload.sources import ModelSource, build_on_meta, open_source, quiet_transformers, run_child
+from offload.swapfile import MANIFEST_NAME
 
 LOG_NAME = "log.jsonl"
 SCRATCH_NAME = ".partial"  # holds a model until it is whole and has been loaded back
@@ -39,95 +40,6 @@ EAGER = "eager: no clipping, no accumulation, so each update starts when its gra
 DEFERRED = (
     "deferred: clipping or accumulation needs all gradients first, then the next forward hides it"
 )
-
-
-def _number(value: object) -> object:
-    """YAML 1.1 reads 1e-4 as a string; take it for the number that was meant."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
-
-
-Number = Annotated[float, BeforeValidator(_number)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class TrainSection(Section):
-    """How to train. One optimizer step takes batch_size * accumulation sequences."""
-
-    steps: Count = Field(description="an integer from 1: optimizer steps")
-    batch_size: Count = Field(default=2, description="an integer from 1: sequences per backward")
-    accumulation: Count = Field(default=1, description="an integer from 1: backwards per step")
-    lr: Number = Field(default=1e-4, gt=0.0, description="a number above 0: the highest rate")
-    weight_decay: Number = Field(
-        default=0.0,
-        ge=0.0,
-        description="a number from 0; acts on matrices, not on norms and biases",
-    )
-    betas: tuple[Number, Number] = Field(
-        default=(0.9, 0.999), strict=False, description="two numbers from 0 to below 1"
-    )
-    warmup: int = Field(
-        default=0, ge=0, description="an integer from 0: steps in which the rate rises from 0"
-    )
-    schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="cosine", description="linear, cosine (both fall to 0) or constant"
-    )
-    clip: Number | None = Field(
-        default=None, gt=0.0, description="a number above 0: the largest gradient norm; null: none"
-    )
-    seed: int = Field(default=0, ge=0, description="an integer from 0: order of the text, dropout")
-    eval_batches: Count = Field(
-        default=16, description="an integer from 1: batches of held-out text per validation"
-    )
-
-
-class OutputSection(Section):
-    """What to leave behind."""
-
-    folder: Annotated[Path, BeforeValidator(lambda value: Path(str(value)).expanduser())] = Field(
-        description="a folder for the trained model, its tokenizer and log.jsonl"
-    )
-    overwrite: bool = Field(default=False, description="true or false: replace an earlier result")
-    prompt: str = Field(default="The ", min_length=1, description="a text that samples continue")
-    sample_tokens: int = Field(
-        default=32, ge=0, description="an integer from 0: length of a sample; 0: no samples"
-    )
-
-
-class FinetuneConfig(OffloadPolicy):
-    """A fine-tuning job: the keys of OffloadPolicy, and model, data, train and output."""
-
-    model: ModelSection = Field(description="a mapping with one of path, package and random")
-    data: DataSection = Field(description="a mapping with one of paths, package and builtin")
-    train: TrainSection = Field(description="a mapping with steps, batch_size, lr and more")
-    output: OutputSection = Field(description="a mapping with folder, and prompt and more")
-
-    def policy(self) -> OffloadPolicy:
-        """The policy of the run; `auto` updates are eager where no step needs all gradients."""
-        kept = {name: getattr(self, name) for name in OffloadPolicy.model_fields}
-        if self.optimizer.update == "auto" and self.steps_alone:
-            kept["optimizer"] = self.optimizer.model_copy(update={"update": "eager"})
-        return OffloadPolicy(**kept)
-
-    @property
-    def steps_alone(self) -> bool:
-        """Whether a gradient is final as soon as it lands: no clipping, no accumulation."""
-        return self.train.clip is None and self.train.accumulation == 1
-
-
-def load_finetune(
-    source: str | Path | Mapping[str, object], overrides: Sequence[str] = ()
-) -> FinetuneConfig:
-    """Return the job of a YAML file or mapping. Raises PolicyError with a line per bad key."""
-    config = load_config(FinetuneConfig, source, overrides)
-    if config.optimizer.update == "eager" and not config.steps_alone:
-        raise PolicyError(
-            "optimizer.update: eager updates a weight as soon as its gradient lands, which rules "
-            "out train.clip and train.accumulation above 1. Set it to auto or deferred."
-        )
-    return config
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +55,13 @@ class Result:
 
 
 def run(config: FinetuneConfig, reporter: Reporter) -> Result:
-    """Run a job from start to end. Blocks until done; Ctrl-C ends it after the step under way."""
-    _check_output(config.output)
+    """Run a job from start to end. Blocks until done; Ctrl-C ends it after the step under way.
+
+    Under durability a job that ended early goes on from its last commit when it is run again.
+    Raises StateError where what decides its numbers has changed meanwhile.
+    """
+    if not holds_run(config):
+        _check_output(config.output)
     with quiet_transformers():
         return _Job(config, reporter).run()
 
@@ -157,12 +74,20 @@ def plan_job(config: FinetuneConfig, reporter: Reporter) -> Any:
         return offload.plan_for(meta_model(source, policy), policy)
 
 
+def holds_run(config: FinetuneConfig) -> bool:
+    """Whether there is a committed step of a job to go on from."""
+    nvme = config.tiers.nvme
+    return bool(config.commit_every and nvme and (nvme.paths[0] / MANIFEST_NAME).exists())
+
+
 def _check_output(output: OutputSection) -> None:
     """Refuse to write over something before any work is done."""
     folder = output.folder
     if folder.exists() and not folder.is_dir():
         raise PolicyError(f"output.folder: {folder} is a file. Name a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not output.overwrite:
+    leftovers = {LOG_NAME, SCRATCH_NAME}  # of a job that ended before there was anything to keep
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if found - leftovers and not output.overwrite:
         raise PolicyError(
             f"output.folder: {folder} is not empty. Name another, or add --set "
             "output.overwrite=true."
@@ -186,8 +111,13 @@ class _Job:
         folder = self.config.output.folder
         scratch = folder / SCRATCH_NAME
         baseline_nbytes = machine.rss()
-        with JsonlLog(folder / LOG_NAME) as log, start_engine(source, self.policy) as engine:
+        resumes = holds_run(self.config)
+        with (
+            start_engine(source, self.policy, resumes=resumes) as engine,
+            JsonlLog(folder / LOG_NAME, appends=resumes) as log,
+        ):
             self._say_setup(source, engine)
+            self._say_resumed(engine)
             log.write("start", config=self.config.model_dump(mode="json"), plan=str(engine.plan))
             result = self._train_and_compare(engine, source, corpus, log)
             shutil.rmtree(scratch, ignore_errors=True)
@@ -198,7 +128,34 @@ class _Job:
         self.reporter.say("reloaded", f"by transformers: {run_child('check', scratch)}")
         replace_model(folder, scratch)
         self.reporter.say("saved", f"the trained model is in {folder}")
+        self._end_run(result)
         return result
+
+    def _say_resumed(self, engine: Any) -> None:
+        """Say from where a run goes on; refuse where it would go on to other numbers."""
+        if engine.recovered is None:
+            return
+        changes = changed_numbers(engine.recovered.progress.get("numbers", {}), self.config)
+        where = self.policy.tiers.nvme.paths[0] if self.policy.tiers.nvme else ""
+        if changes:
+            raise StateError(
+                f"the run in {where} cannot go on: {'; '.join(changes)}. Put that back, or remove "
+                f"the run with `offload clean --remove --committed {where}` to begin anew."
+            )
+        self.reporter.say(
+            "resumed",
+            f"from step {engine.recovered.step} of {self.train.steps}, committed in {where}",
+        )
+
+    def _end_run(self, result: Result) -> None:
+        """Give back the space of a run whose result is safe; keep one that was interrupted."""
+        if not self.policy.commit_every or self.policy.tiers.nvme is None:
+            return
+        if result.loss_after is None:
+            self.reporter.say("kept", "the run: start it again to go on from here")
+            return
+        for path in self.policy.tiers.nvme.paths:
+            remove(path, committed=True)
 
     def _prepare_text(self, source: ModelSource) -> Corpus:
         """Tokenise, or find it done."""
@@ -233,8 +190,11 @@ class _Job:
         size, length = self.train.batch_size, self.config.data.sequence_length
         held_out = Batches(corpus.validation, length, size, self.train.seed)
         batches = Batches(corpus.train, length, size, self.train.seed)
-        before = self._validate("before", engine, held_out, log)
-        self._sample("before", engine, source.tokenizer)
+        before = engine.run.progress.get("loss_before")
+        if before is None:
+            before = self._validate("before", engine, held_out, log)
+            self._sample("before", engine, source.tokenizer)
+        engine.run.progress = {"numbers": numbers_of(self.config), "loss_before": before}
         start = time.perf_counter()
         num_steps = self._train(engine, batches, log)
         train_seconds = time.perf_counter() - start
@@ -278,10 +238,13 @@ class _Job:
         """Train and return how many steps were done: all, or those up to Ctrl-C."""
         train = self.train
         optimizer = make_optimizer(engine.model, train)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_share(i, train))
+        first = engine.run.num_steps
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: rate_share(first + i, train)
+        )
         engine.model.train()
         with self.reporter.bar("training", train.steps) as bar, _stop_on_interrupt() as stop:
-            for step in range(1, train.steps + 1):
+            for step in range(first + 1, train.steps + 1):
                 start = time.perf_counter()
                 loss = self._step(engine, optimizer, batches, step)
                 scheduler.step()
@@ -354,8 +317,12 @@ def replace_model(folder: Path, scratch: Path) -> None:
     scratch.rmdir()
 
 
-def start_engine(source: ModelSource, policy: OffloadPolicy) -> Any:
-    """Put a model on the tiers without ever having it whole in memory. Returns its engine."""
+def start_engine(source: ModelSource, policy: OffloadPolicy, *, resumes: bool) -> Any:
+    """Put a model on the tiers without ever having it whole in memory, or find it there with
+    `resumes`. Returns its engine.
+    """
+    if resumes:
+        return offload.offload(meta_model(source, policy), policy, weights="resume")
     if source.folder is not None:
         return offload.load_pretrained(source.folder, policy)
     return offload.offload(meta_model(source, policy), policy, weights="init")

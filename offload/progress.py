@@ -82,8 +82,8 @@ class PlainBar(Bar):
 class JsonlLog:
     """One JSON object a line, flushed at once: what was written survives a crash of the job."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+    def __init__(self, path: Path, *, appends: bool = False) -> None:
+        self._file = path.open("a" if appends else "w", encoding="utf-8")
         self._start = time.perf_counter()
 
     def write(self, event: str, **facts: object) -> None:

@@ -18,7 +18,8 @@ from rich.console import Console
 from offload import finetune, sources
 from offload.data import package_folder
 from offload.errors import NumericsError, PolicyError
-from offload.finetune import FinetuneConfig, TrainSection, load_finetune, rate_share, run
+from offload.finetune import rate_share, run
+from offload.jobconfig import FinetuneConfig, TrainSection, load_finetune
 from offload.progress import Reporter
 
 transformers = pytest.importorskip("transformers")
