@@ -1,4 +1,4 @@
-"""kill -9 at random moments of the main job: started again each time, it ends with the same bits."""
+"""kill -9 at random moments of the main job: started again, it ends with the same bits."""
 
 import contextlib
 import hashlib
