@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "crc32c.h"
 #include "io_queue.h"
 
 namespace offload {
@@ -43,41 +44,47 @@ bool check_range(const char* name, long long value, long long least, long long m
   return true;
 }
 
-bool check_limits(Backend backend, int depth, Py_ssize_t block_nbytes, int num_threads) {
+bool check_limits(Backend backend, int depth, Py_ssize_t block_nbytes, int num_threads,
+                  Py_ssize_t checksum_nbytes) {
   if (!check_range("depth", depth, 1, kDepthMax) ||
-      !check_range("block_nbytes", block_nbytes, kPageNbytes, kBlockNbytesMax)) {
+      !check_range("block_nbytes", block_nbytes, kPageNbytes, kBlockNbytesMax) ||
+      !check_range("checksum_nbytes", checksum_nbytes, 0, kChecksumNbytesMax)) {
     return false;
   }
-  if (block_nbytes % kPageNbytes != 0) {
-    PyErr_Format(PyExc_ValueError, "block_nbytes must be a multiple of 4096, not %zd",
-                 block_nbytes);
+  if (block_nbytes % kPageNbytes != 0 || checksum_nbytes % kPageNbytes != 0) {
+    PyErr_Format(PyExc_ValueError,
+                 "block_nbytes and checksum_nbytes must be a multiple of 4096, not %zd and %zd",
+                 block_nbytes, checksum_nbytes);
     return false;
   }
   return backend == Backend::kUring || check_range("num_threads", num_threads, 1, kThreadsMax);
 }
 
 PyObject* io_queue_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"backend", "depth", "block_nbytes", "num_threads", nullptr};
+  static const char* names[] = {"backend",     "depth",           "block_nbytes",
+                                "num_threads", "checksum_nbytes", nullptr};
   const char* backend_name = nullptr;
   int depth = 0;
   Py_ssize_t block_nbytes = 0;
   int num_threads = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sini:IoQueue", const_cast<char**>(names),
-                                   &backend_name, &depth, &block_nbytes, &num_threads)) {
+  Py_ssize_t checksum_nbytes = 0;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sini|n:IoQueue", const_cast<char**>(names),
+                                   &backend_name, &depth, &block_nbytes, &num_threads,
+                                   &checksum_nbytes)) {
     return nullptr;
   }
   Backend backend;
   if (!parse_backend(backend_name, &backend) ||
-      !check_limits(backend, depth, block_nbytes, num_threads)) {
+      !check_limits(backend, depth, block_nbytes, num_threads, checksum_nbytes)) {
     return nullptr;
   }
   int error = 0;
   std::unique_ptr<IoQueue> queue;
   {
     GilRelease released;
-    queue =
-        IoQueue::create(backend, static_cast<unsigned>(depth), static_cast<size_t>(block_nbytes),
-                        static_cast<unsigned>(num_threads), &error);
+    queue = IoQueue::create(backend, static_cast<unsigned>(depth),
+                            static_cast<size_t>(block_nbytes), static_cast<unsigned>(num_threads),
+                            &error, static_cast<uint64_t>(checksum_nbytes));
   }
   if (queue == nullptr) {
     errno = error;
@@ -115,34 +122,54 @@ bool check_segment(const IoSegment& segment) {
   return false;
 }
 
-bool parse_segment(PyObject* object, IoSegment* segment) {
+// Where blocks begin is the caller's to know: they count from the start of a piece.
+bool check_checksums(const IoSegment& segment, uint64_t checksum_nbytes) {
+  if (segment.checksums && checksum_nbytes == 0) {
+    PyErr_SetString(PyExc_ValueError, "a segment has checksums, the queue's checksum_nbytes is 0");
+    return false;
+  }
+  if (reinterpret_cast<uintptr_t>(segment.checksums) % sizeof(uint32_t) != 0) {
+    PyErr_SetString(PyExc_ValueError, "checksums must be on a 4-byte boundary");
+    return false;
+  }
+  return true;
+}
+
+bool parse_segment(PyObject* object, uint64_t checksum_nbytes, IoSegment* segment) {
   PyRef fields(PySequence_Tuple(object));
   if (!fields) {
     return false;
   }
-  if (PyTuple_Size(fields.get()) != 4) {
-    PyErr_SetString(PyExc_ValueError, "a segment is (fd, offset, address, nbytes)");
+  const Py_ssize_t num_fields = PyTuple_Size(fields.get());
+  if (num_fields != 4 && num_fields != 5) {
+    PyErr_SetString(
+        PyExc_ValueError,
+        "a segment is (fd, offset, address, nbytes) or (fd, offset, address, nbytes, checksums)");
     return false;
   }
   uint64_t address = 0;
+  uint64_t checksums = 0;
   if (!parse_int(PyTuple_GetItem(fields.get(), 0), &segment->fd) ||
       !parse_u64(PyTuple_GetItem(fields.get(), 1), &segment->offset) ||
       !parse_u64(PyTuple_GetItem(fields.get(), 2), &address) ||
-      !parse_u64(PyTuple_GetItem(fields.get(), 3), &segment->nbytes)) {
+      !parse_u64(PyTuple_GetItem(fields.get(), 3), &segment->nbytes) ||
+      (num_fields == 5 && !parse_u64(PyTuple_GetItem(fields.get(), 4), &checksums))) {
     return false;
   }
   segment->address = reinterpret_cast<void*>(static_cast<uintptr_t>(address));
-  return check_segment(*segment);
+  segment->checksums = reinterpret_cast<uint32_t*>(static_cast<uintptr_t>(checksums));
+  return check_segment(*segment) && check_checksums(*segment, checksum_nbytes);
 }
 
-bool parse_segments(PyObject* object, std::vector<IoSegment>* segments) {
+bool parse_segments(PyObject* object, uint64_t checksum_nbytes, std::vector<IoSegment>* segments) {
   PyRef items(PySequence_Tuple(object));
   if (!items) {
     return false;
   }
   segments->resize(static_cast<size_t>(PyTuple_Size(items.get())));
   for (size_t i = 0; i < segments->size(); ++i) {
-    if (!parse_segment(PyTuple_GetItem(items.get(), static_cast<Py_ssize_t>(i)), &(*segments)[i])) {
+    if (!parse_segment(PyTuple_GetItem(items.get(), static_cast<Py_ssize_t>(i)), checksum_nbytes,
+                       &(*segments)[i])) {
       return false;
     }
   }
@@ -159,7 +186,8 @@ PyObject* io_queue_submit(PyObject* self, PyObject* args, PyObject* kwargs) {
   std::vector<IoSegment> segments;
   if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iOiO:submit", const_cast<char**>(names), &op,
                                    &tag_object, &priority, &segments_object) ||
-      !parse_u64(tag_object, &tag) || !parse_segments(segments_object, &segments)) {
+      !parse_u64(tag_object, &tag) ||
+      !parse_segments(segments_object, queue_of(self).checksum_nbytes(), &segments)) {
     return nullptr;
   }
   if (op != kOpRead && op != kOpWrite) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "crc32c.h"
 #include "update_job.h"
 #include "update_pipeline.h"
 
@@ -33,15 +34,21 @@ bool parse_plane_segment(PyObject* object, PlaneSegment* segment) {
   if (!fields) {
     return false;
   }
-  if (!check(PyTuple_Size(fields.get()) == 3, "a plane's segment is (fd, offset, nbytes)") ||
+  const Py_ssize_t num_fields = PyTuple_Size(fields.get());
+  uint64_t checksums = 0;
+  if (!check(num_fields == 3 || num_fields == 4,
+             "a plane's segment is (fd, offset, nbytes) or (fd, offset, nbytes, checksums)") ||
       !parse_int(PyTuple_GetItem(fields.get(), 0), &segment->fd) ||
       !parse_u64(PyTuple_GetItem(fields.get(), 1), &segment->offset) ||
-      !parse_u64(PyTuple_GetItem(fields.get(), 2), &segment->nbytes)) {
+      !parse_u64(PyTuple_GetItem(fields.get(), 2), &segment->nbytes) ||
+      (num_fields == 4 && !parse_u64(PyTuple_GetItem(fields.get(), 3), &checksums))) {
     return false;
   }
+  segment->checksums = pointer<uint32_t>(checksums);
   const uint64_t most = INT64_MAX;
   return check(segment->offset <= most && segment->nbytes <= most - segment->offset,
-               "a segment must end below 2**63 bytes of its file");
+               "a segment must end below 2**63 bytes of its file") &&
+         check(checksums % sizeof(uint32_t) == 0, "checksums must be on a 4-byte boundary");
 }
 
 // None, or a sequence of segments.
@@ -100,16 +107,17 @@ bool parse_planes(PyObject* object, UpdateJob* job) {
 }
 
 bool parse_config(PyObject* args, PyObject* kwargs, UpdateConfig* config) {
-  static const char* names[] = {"backend",       "depth",      "block_nbytes",
-                                "num_tiles",     "tile_numel", "buffer_address",
-                                "buffer_nbytes", "isa",        nullptr};
+  static const char* names[] = {"backend",         "depth",          "block_nbytes",  "num_tiles",
+                                "tile_numel",      "buffer_address", "buffer_nbytes", "isa",
+                                "checksum_nbytes", nullptr};
   const char* backend = nullptr;
   const char* isa = nullptr;
   uint64_t depth = 0, block_nbytes = 0, num_tiles = 0, address = 0, nbytes = 0;
-  if (!PyArg_ParseTupleAndKeywords(
-          args, kwargs, "sO&O&O&O&O&O&s:UpdatePipeline", const_cast<char**>(names), &backend,
-          convert_u64, &depth, convert_u64, &block_nbytes, convert_u64, &num_tiles, convert_u64,
-          &config->tile_numel, convert_u64, &address, convert_u64, &nbytes, &isa)) {
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&O&O&O&O&O&s|O&:UpdatePipeline",
+                                   const_cast<char**>(names), &backend, convert_u64, &depth,
+                                   convert_u64, &block_nbytes, convert_u64, &num_tiles, convert_u64,
+                                   &config->tile_numel, convert_u64, &address, convert_u64, &nbytes,
+                                   &isa, convert_u64, &config->checksum_nbytes)) {
     return false;
   }
   const bool is_uring = std::strcmp(backend, "uring") == 0;
@@ -123,6 +131,9 @@ bool parse_config(PyObject* args, PyObject* kwargs, UpdateConfig* config) {
       !check(config->tile_numel >= kTileAlignNumel && config->tile_numel <= kTileNumelMax &&
                  config->tile_numel % kTileAlignNumel == 0,
              "tile_numel is out of range or not a multiple of 4096") ||
+      !check(config->checksum_nbytes <= kChecksumNbytesMax &&
+                 config->checksum_nbytes % kPageNbytes == 0,
+             "checksum_nbytes is out of range or not a multiple of 4096") ||
       !check(address != 0 && address % kPageNbytes == 0,
              "buffer_address must be on a 4 KiB boundary") ||
       !check(nbytes >= update_buffer_nbytes(static_cast<unsigned>(num_tiles), config->tile_numel),
@@ -187,7 +198,8 @@ PyObject* pipeline_submit(PyObject* self, PyObject* args, PyObject* kwargs) {
     return nullptr;
   }
   job.write_all = write_all != 0;
-  const std::string fault = validate_job(job);
+  const UpdateConfig& config = pipeline_of(self).config();
+  const std::string fault = validate_job(job, config.tile_numel, config.checksum_nbytes);
   if (!check(fault.empty(), fault.c_str())) {
     return nullptr;
   }
@@ -283,5 +295,5 @@ int offload_add_update(PyObject* module) {
   if (!type || PyModule_AddObjectRef(module, "UpdatePipeline", type.get()) < 0) {
     return -1;
   }
-  return offload::add_kernels(module);
+  return offload::add_crc32c(module) < 0 ? -1 : offload::add_kernels(module);
 }

@@ -39,7 +39,8 @@ bool parse_format(int value, StateFormat* format);
 // bytes of packed records (see OpRecord) to ops; false with an error set.
 bool parse_ops(PyObject* object, std::vector<UpdateOp>* ops);
 
-// Adds the kernel functions; -1 with a Python error set on failure.
+// Add the functions of the kernels and of the checksums; -1 with a Python error set on failure.
 int add_kernels(PyObject* module);
+int add_crc32c(PyObject* module);
 
 }  // namespace offload

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "check.h"
+#include "crc32c.h"
 
 namespace offload {
 
@@ -29,6 +30,12 @@ uint64_t first_cut(uint64_t offset, uint64_t nbytes, uint64_t block_nbytes) {
   return std::min(nbytes, end - offset);
 }
 
+// With checksums blocks consist of whole checksum blocks, even of one that is larger.
+uint64_t checked_cut(uint64_t nbytes, uint64_t block_nbytes, uint64_t checksum_nbytes) {
+  const uint64_t num_whole = std::max<uint64_t>(block_nbytes / checksum_nbytes, 1);
+  return std::min(nbytes, num_whole * checksum_nbytes);
+}
+
 }  // namespace
 
 struct IoQueue::Transfer {
@@ -46,15 +53,21 @@ struct IoQueue::Transfer {
 };
 
 std::unique_ptr<IoQueue> IoQueue::create(Backend backend, unsigned depth, size_t block_nbytes,
-                                         unsigned num_threads, int* error) {
+                                         unsigned num_threads, int* error,
+                                         uint64_t checksum_nbytes) {
   CHECK(depth >= 1 && depth <= kDepthMax);
   CHECK(block_nbytes >= kPageNbytes && block_nbytes <= kBlockNbytesMax);
   CHECK(block_nbytes % kPageNbytes == 0);
-  if (backend == Backend::kUring) {
-    return create_uring_queue(depth, block_nbytes, error);
+  CHECK(checksum_nbytes % kPageNbytes == 0 && checksum_nbytes <= kChecksumNbytesMax);
+  CHECK(backend == Backend::kUring || (num_threads >= 1 && num_threads <= kThreadsMax));
+  std::unique_ptr<IoQueue> queue =
+      backend == Backend::kUring
+          ? create_uring_queue(depth, block_nbytes, error)
+          : create_thread_queue(std::min(num_threads, depth), block_nbytes, error);
+  if (queue) {
+    queue->checksum_nbytes_ = checksum_nbytes;
   }
-  CHECK(num_threads >= 1 && num_threads <= kThreadsMax);
-  return create_thread_queue(std::min(num_threads, depth), block_nbytes, error);
+  return queue;
 }
 
 IoQueue::IoQueue(size_t block_nbytes) : block_nbytes_(block_nbytes) {}
@@ -72,6 +85,9 @@ bool IoQueue::submit(int op, uint64_t tag, int priority, const IoSegment* segmen
   std::copy_if(std::make_reverse_iterator(segments + num_segments),
                std::make_reverse_iterator(segments), std::back_inserter(transfer.unstarted),
                [](const IoSegment& segment) { return segment.nbytes > 0; });
+  for (const IoSegment& segment : transfer.unstarted) {
+    CHECK(!segment.checksums || checksum_nbytes_ > 0);
+  }
   std::lock_guard<std::mutex> lock(mutex_);
   if (closing_) {
     return false;
@@ -150,7 +166,7 @@ bool IoQueue::take_block(Block* block) {
     return false;
   }
   Transfer* transfer = ready_.begin()->second.front();
-  *block = cut_block(transfer, block_nbytes_);
+  *block = cut_block(transfer);
   ++transfer->num_blocks_in_flight;
   if (transfer->unstarted.empty()) {
     drop_unstarted(transfer);
@@ -158,7 +174,7 @@ bool IoQueue::take_block(Block* block) {
   return true;
 }
 
-IoQueue::Block IoQueue::cut_block(Transfer* transfer, uint64_t block_nbytes) {
+IoQueue::Block IoQueue::cut_block(Transfer* transfer) const {
   IoSegment& segment = transfer->unstarted.back();
   Block block;
   block.transfer = transfer;
@@ -166,7 +182,13 @@ IoQueue::Block IoQueue::cut_block(Transfer* transfer, uint64_t block_nbytes) {
   block.fd = segment.fd;
   block.offset = segment.offset;
   block.address = static_cast<char*>(segment.address);
-  block.nbytes = first_cut(segment.offset, segment.nbytes, block_nbytes);
+  block.checksums = segment.checksums;
+  if (segment.checksums) {
+    block.nbytes = checked_cut(segment.nbytes, block_nbytes_, checksum_nbytes_);
+    segment.checksums += num_checksums(block.nbytes, checksum_nbytes_);
+  } else {
+    block.nbytes = first_cut(segment.offset, segment.nbytes, block_nbytes_);
+  }
   segment.offset += block.nbytes;
   segment.address = block.address + block.nbytes;
   segment.nbytes -= block.nbytes;
@@ -174,6 +196,30 @@ IoQueue::Block IoQueue::cut_block(Transfer* transfer, uint64_t block_nbytes) {
     transfer->unstarted.pop_back();
   }
   return block;
+}
+
+bool IoQueue::seal_block(const Block& block) {
+  if (block.op == kOpRead || !block.checksums) {
+    return false;
+  }
+  crc32c_blocks(block.address, block.nbytes, checksum_nbytes_, block.checksums);
+  return true;
+}
+
+// Whether the block is now read whole and is not what its checksums say; then *block is moved to
+// the first checksum block that is wrong.
+bool IoQueue::is_corrupt(Block* block, int64_t result) const {
+  if (block->op != kOpRead || !block->checksums || result != static_cast<int64_t>(block->nbytes)) {
+    return false;
+  }
+  const uint64_t nbytes = block->num_moved + block->nbytes;
+  const uint64_t wrong = first_wrong_block(block->address - block->num_moved, nbytes,
+                                           checksum_nbytes_, block->checksums);
+  if (wrong == nbytes) {
+    return false;
+  }
+  block->offset = block->offset - block->num_moved + wrong;
+  return true;
 }
 
 // 0 for progress, else an errno.
@@ -193,7 +239,7 @@ int IoQueue::error_of(const Block& block, int64_t result) {
 }
 
 IoQueue::Next IoQueue::finish_block(Block* block, int64_t result) {
-  const int error = error_of(*block, result);
+  const int error = is_corrupt(block, result) ? EBADMSG : error_of(*block, result);
   std::lock_guard<std::mutex> lock(mutex_);
   Transfer* transfer = block->transfer;
   if (error == 0) {
@@ -225,6 +271,7 @@ void IoQueue::record_progress(Block* block, uint64_t nbytes) {
   block->offset += nbytes;
   block->address += nbytes;
   block->nbytes -= nbytes;
+  block->num_moved += nbytes;
   block->is_continued = true;
   block->num_retries = 0;
   block->transfer->moved_nbytes += nbytes;

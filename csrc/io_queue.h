@@ -32,12 +32,15 @@ constexpr unsigned kDepthMax = 4096;
 constexpr unsigned kThreadsMax = 256;
 constexpr size_t kBlockNbytesMax = size_t{1} << 30;  // one system call moves less than 2 GiB
 
-// The memory belongs to the caller and must stay valid until the transfer completes.
+// The memory belongs to the caller and must stay valid until the transfer completes. `checksums`
+// is the entry of the block at `offset` (see [Note: checksum blocks]), null to move the bytes as
+// they are.
 struct IoSegment {
   int fd;
   uint64_t offset;
   void* address;
   uint64_t nbytes;
+  uint32_t* checksums = nullptr;
 };
 
 struct IoCompletion {
@@ -59,15 +62,20 @@ struct IoStats {
 class IoQueue {
  public:
   // Returns null and sets *error to an errno when the backend cannot start. block_nbytes must be
-  // a multiple of 4096. num_threads is used by kThreads only.
+  // a multiple of 4096. num_threads is used by kThreads only. checksum_nbytes is a multiple of
+  // 4096, or 0 where no segment has checksums.
   static std::unique_ptr<IoQueue> create(Backend backend, unsigned depth, size_t block_nbytes,
-                                         unsigned num_threads, int* error);
+                                         unsigned num_threads, int* error,
+                                         uint64_t checksum_nbytes = 0);
   virtual ~IoQueue();  // a backend's destructor calls close()
   IoQueue(const IoQueue&) = delete;
   IoQueue& operator=(const IoQueue&) = delete;
 
   // Queues one transfer and returns without touching the device. Lower priority values run
-  // first, equal ones in order. False, and nothing queued, when the queue is closed.
+  // first, equal ones in order. False, and nothing queued, when the queue is closed. A segment with
+  // checksums begins where a checksum block does, and ends there or at the end of its piece: a
+  // write stores the checksums before the bytes leave, a read whose bytes have others fails with
+  // EBADMSG and the offset of the first such block that was noticed.
   // All functions here may be called from any thread.
   bool submit(int op, uint64_t tag, int priority, const IoSegment* segments, size_t num_segments);
 
@@ -83,6 +91,7 @@ class IoQueue {
 
   IoStats stats() const;
   bool is_closed() const;
+  uint64_t checksum_nbytes() const { return checksum_nbytes_; }
   virtual const char* backend_name() const = 0;
 
   // Finishes everything submitted, because the caller's buffers are in use until then; joins the
@@ -99,7 +108,9 @@ class IoQueue {
     char* address = nullptr;
     uint64_t nbytes = 0;
     bool is_continued = false;
-    unsigned num_retries = 0;  // since the last progress
+    unsigned num_retries = 0;       // since the last progress
+    uint64_t num_moved = 0;         // bytes before `address` that are done
+    uint32_t* checksums = nullptr;  // of all its bytes, also the moved ones
   };
   // What a backend does with a block after it reported the result.
   enum class Next { kDone, kIssueAgain, kIssueAgainLater };
@@ -109,7 +120,11 @@ class IoQueue {
   // Cuts the next block in priority order; false when nothing is queued. Needs mutex_.
   bool take_block(Block* block);
   bool has_unstarted() const;  // needs mutex_
-  // Records a result (bytes or -errno) and moves *block to what is left of it. Takes mutex_.
+  // Stores the checksums of a block that take_block cut, before it is first issued. True if there
+  // are any. Not under mutex_: it reads all bytes.
+  bool seal_block(const Block& block);
+  // Records a result (bytes or -errno) and moves *block to what is left of it. Verifies what was
+  // read, then takes mutex_.
   Next finish_block(Block* block, int64_t result);
 
   // Blocks were queued where there were none: a backend that keeps taking blocks while it has
@@ -125,7 +140,8 @@ class IoQueue {
   using Clock = std::chrono::steady_clock;
 
   static int error_of(const Block& block, int64_t result);
-  static Block cut_block(Transfer* transfer, uint64_t block_nbytes);
+  Block cut_block(Transfer* transfer) const;
+  bool is_corrupt(Block* block, int64_t result) const;
   void record_progress(Block* block, uint64_t nbytes);
   void fail(Transfer* transfer, const Block& block, int error);
   void drop_unstarted(Transfer* transfer);
@@ -133,6 +149,7 @@ class IoQueue {
   size_t collect(std::vector<IoCompletion>& completions);
 
   const size_t block_nbytes_;
+  uint64_t checksum_nbytes_ = 0;  // set before the first submit
   std::mutex close_mutex_;
   std::condition_variable completed_;
   // All below guarded by mutex_.

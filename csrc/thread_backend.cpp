@@ -67,6 +67,7 @@ class ThreadQueue final : public IoQueue {
   }
 
   void move(Block* block) {
+    seal_block(*block);
     for (;;) {
       const int64_t result =
           move_once(block->op, block->fd, block->offset, block->address, block->nbytes);

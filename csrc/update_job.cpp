@@ -60,6 +60,36 @@ std::string check_planes(const UpdateJob& job) {
   return "";
 }
 
+// What is wrong with the checksums of a plane's segments.
+const char* checksum_fault(const std::vector<PlaneSegment>& plane, uint64_t tile_nbytes,
+                           uint64_t checksum_nbytes) {
+  uint64_t begin = 0;
+  for (const PlaneSegment& segment : plane) {
+    if (segment.checksums) {
+      if (checksum_nbytes == 0) {
+        return "has checksums, but the pipeline's checksum_nbytes is 0";
+      }
+      if (begin % checksum_nbytes != 0 || tile_nbytes % checksum_nbytes != 0) {
+        return "has pieces or tiles that do not begin where checksum blocks do";
+      }
+    }
+    begin += segment.nbytes;
+  }
+  return nullptr;
+}
+
+std::string check_checksums(const UpdateJob& job, uint64_t tile_numel, uint64_t checksum_nbytes) {
+  for (int i = 0; i < kNumPlanes; ++i) {
+    for (const std::vector<PlaneSegment>* plane : {&job.planes[i].read, &job.planes[i].write}) {
+      const uint64_t tile_nbytes = tile_numel * plane_itemsize(job.format, i);
+      if (const char* fault = checksum_fault(*plane, tile_nbytes, checksum_nbytes)) {
+        return std::string("plane ") + kPlaneNames[i] + " " + fault;
+      }
+    }
+  }
+  return "";
+}
+
 std::string check_ops(const UpdateJob& job) {
   uint64_t end = 0;
   for (const UpdateOp& op : job.ops) {
@@ -115,12 +145,13 @@ std::string validate_planes_and_ops(const UpdateJob& job) {
   return ops_fault.empty() ? check_planes(job) : ops_fault;
 }
 
-std::string validate_job(const UpdateJob& job) {
+std::string validate_job(const UpdateJob& job, uint64_t tile_numel, uint64_t checksum_nbytes) {
   if (job.numel == 0 || job.numel % kTileAlignNumel != 0) {
     return "numel " + std::to_string(job.numel) + " is not a positive multiple of " +
            std::to_string(kTileAlignNumel);
   }
-  return validate_planes_and_ops(job);
+  const std::string fault = validate_planes_and_ops(job);
+  return fault.empty() ? check_checksums(job, tile_numel, checksum_nbytes) : fault;
 }
 
 bool jobs_overlap(const UpdateJob& a, const UpdateJob& b) {
@@ -136,17 +167,37 @@ bool jobs_overlap(const UpdateJob& a, const UpdateJob& b) {
 }
 
 void cut_segments(const std::vector<PlaneSegment>& plane, uint64_t begin, uint64_t end,
-                  char* memory, std::vector<IoSegment>& result) {
+                  char* memory, uint64_t checksum_nbytes, std::vector<IoSegment>& result) {
   uint64_t segment_begin = 0;
   for (const PlaneSegment& segment : plane) {
     const uint64_t from = std::max(begin, segment_begin);
     const uint64_t to = std::min(end, segment_begin + segment.nbytes);
     if (from < to) {
-      result.push_back({segment.fd, segment.offset + (from - segment_begin),
-                        memory + (from - begin), to - from});
+      const bool is_checked = segment.checksums && checksum_nbytes > 0;
+      result.push_back(
+          {segment.fd, segment.offset + (from - segment_begin), memory + (from - begin), to - from,
+           is_checked ? segment.checksums + (from - segment_begin) / checksum_nbytes : nullptr});
     }
     segment_begin += segment.nbytes;
   }
+}
+
+bool has_checksums(const std::vector<PlaneSegment>& plane) {
+  return std::any_of(plane.begin(), plane.end(),
+                     [](const PlaneSegment& segment) { return segment.checksums != nullptr; });
+}
+
+uint64_t hot_numel(const UpdateJob& job, uint64_t checksum_nbytes) {
+  uint64_t block_numel = 0;  // of the plane with the smallest items
+  for (int i = 0; i < kNumPlanes; ++i) {
+    if (has_checksums(job.planes[i].read) || has_checksums(job.planes[i].write)) {
+      block_numel = std::max(block_numel, checksum_nbytes / plane_itemsize(job.format, i));
+    }
+  }
+  if (block_numel == 0) {
+    return job.numel;
+  }
+  return (kHotNumel + block_numel - 1) / block_numel * block_numel;
 }
 
 size_t first_op_after(const UpdateJob& job, uint64_t begin) {

@@ -24,11 +24,14 @@ const char* plane_name(int plane);
 unsigned plane_itemsize(StateFormat format, int plane);
 constexpr uint64_t kTileItemNbytes = 16;
 
-// Bytes that lie together in a file; a plane is a list of them in plane order.
+// A piece of an extent: bytes that lie together in a file; a plane is a list of them in plane
+// order. `checksums` has one entry per block of the piece (see [Note: checksum blocks]), or is
+// null.
 struct PlaneSegment {
   int fd;
   uint64_t offset;
   uint64_t nbytes;
+  uint32_t* checksums = nullptr;
 };
 
 // With an address, the whole plane is in memory there: it is read into, computed in and written
@@ -59,8 +62,9 @@ struct UpdateJob {
   bool write_all = false;
 };
 
-// Empty if the job can run, else what is wrong with it.
-std::string validate_job(const UpdateJob& job);
+// Empty if the job can run in tiles of tile_numel with blocks of checksum_nbytes (0: none), else
+// what is wrong with it.
+std::string validate_job(const UpdateJob& job, uint64_t tile_numel, uint64_t checksum_nbytes);
 
 // The same without the rule on numel, for planes that are in memory.
 std::string validate_planes_and_ops(const UpdateJob& job);
@@ -69,9 +73,17 @@ std::string validate_planes_and_ops(const UpdateJob& job);
 // file behind two descriptors is not noticed.
 bool jobs_overlap(const UpdateJob& a, const UpdateJob& b);
 
-// Cuts the bytes [begin, end) of a plane out of its segments, to or from contiguous memory.
+// Cuts the bytes [begin, end) of a plane out of its segments, to or from contiguous memory; the
+// result has the segments' checksums unless checksum_nbytes is 0.
 void cut_segments(const std::vector<PlaneSegment>& plane, uint64_t begin, uint64_t end,
-                  char* memory, std::vector<IoSegment>& result);
+                  char* memory, uint64_t checksum_nbytes, std::vector<IoSegment>& result);
+
+bool has_checksums(const std::vector<PlaneSegment>& plane);
+
+// How many elements to verify, compute and checksum at once: about kHotNumel, whole checksum blocks
+// of every plane, and all of them where there is nothing to check.
+constexpr uint64_t kHotNumel = 16384;
+uint64_t hot_numel(const UpdateJob& job, uint64_t checksum_nbytes);
 
 // The first op that reaches beyond begin, as an index into job.ops.
 size_t first_op_after(const UpdateJob& job, uint64_t begin);

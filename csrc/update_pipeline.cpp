@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "check.h"
+#include "crc32c.h"
 
 namespace offload {
 namespace {
@@ -25,6 +26,7 @@ std::unique_ptr<UpdatePipeline> UpdatePipeline::create(const UpdateConfig& confi
   CHECK(config.num_tiles >= 1 && config.num_tiles <= kTilesMax);
   CHECK(config.tile_numel >= kTileAlignNumel && config.tile_numel <= kTileNumelMax);
   CHECK(config.tile_numel % kTileAlignNumel == 0);
+  CHECK(config.checksum_nbytes % kPageNbytes == 0);
   std::unique_ptr<IoQueue> queue =
       IoQueue::create(config.backend, config.depth, config.block_nbytes, kIoThreads, error);
   if (!queue) {
@@ -177,16 +179,17 @@ bool UpdatePipeline::is_read(const Tile& tile, int plane) const {
   return source.has_read && (tile.is_written || (plane == kWeight && source.address));
 }
 
-// Where element tile.begin of a plane is; null for a plane that the job lacks.
-char* UpdatePipeline::tile_memory(const Tile& tile, int plane) const {
+// Where an element of a tile is; null for a plane that the job lacks.
+char* UpdatePipeline::tile_memory(const Tile& tile, int plane, uint64_t element) const {
   const UpdateJob& job = tile.running->job;
   if (!job.planes[plane].present) {
     return nullptr;
   }
+  const uint64_t itemsize = plane_itemsize(job.format, plane);
   if (job.planes[plane].address) {
-    return job.planes[plane].address + tile.begin * plane_itemsize(job.format, plane);
+    return job.planes[plane].address + element * itemsize;
   }
-  uint64_t offset = 0;
+  uint64_t offset = (element - tile.begin) * itemsize;
   for (int i = 0; i < plane; ++i) {
     offset += config_.tile_numel * plane_itemsize(job.format, i);
   }
@@ -203,7 +206,7 @@ void UpdatePipeline::start_transfer(Tile& tile, int op) {
     if (op == kOpRead ? is_read(tile, i) : plane.has_write) {
       const uint64_t itemsize = plane_itemsize(job.format, i);
       cut_segments(op == kOpRead ? plane.read : plane.write, tile.begin * itemsize,
-                   tile.end * itemsize, tile_memory(tile, i), segments_);
+                   tile.end * itemsize, tile_memory(tile, i, tile.begin), 0, segments_);
     }
   }
   tile.nbytes = 0;
@@ -229,16 +232,88 @@ UpdatePipeline::Tile* UpdatePipeline::oldest_ready() {
 }
 
 void UpdatePipeline::compute(Tile& tile) {
-  char* planes[kNumPlanes];
-  for (int i = 0; i < kNumPlanes; ++i) {
-    planes[i] = tile_memory(tile, i);
-  }
+  Running& running = *tile.running;
+  const uint64_t stretch = hot_numel(running.job, config_.checksum_nbytes);
   const Clock::time_point begin = Clock::now();
-  run_kernels(tile.running->job, *config_.kernels, tile.begin, tile.end, planes);
+  seals_.clear();
+  for (uint64_t at = tile.begin; at < tile.end; at += stretch) {
+    if (!compute_stretch(tile, at, std::min(at + stretch, tile.end))) {
+      return;  // the job has failed and the tile is free
+    }
+  }
+  for (const Seal& seal : seals_) {
+    *seal.entry = seal.checksum;
+  }
   const std::chrono::duration<double> elapsed = Clock::now() - begin;
-  tile.running->completion.kernel_seconds += elapsed.count();
+  running.completion.kernel_seconds += elapsed.count();
+  if (!tile.is_written) {
+    free_tile(tile);  // it was read for the weight alone
+    return;
+  }
   tile.phase = Tile::Phase::kWriting;
   start_transfer(tile, kOpWrite);
+}
+
+// Works on the elements [begin, end) while their bytes are in the caches; false if some are wrong.
+bool UpdatePipeline::compute_stretch(const Tile& tile, uint64_t begin, uint64_t end) {
+  if (!verify(tile, begin, end)) {
+    return false;
+  }
+  if (tile.is_written) {
+    char* planes[kNumPlanes];
+    for (int i = 0; i < kNumPlanes; ++i) {
+      planes[i] = tile_memory(tile, i, begin);
+    }
+    run_kernels(tile.running->job, *config_.kernels, begin, end, planes);
+    seal(tile, begin, end);
+  }
+  return true;
+}
+
+bool UpdatePipeline::verify(const Tile& tile, uint64_t begin, uint64_t end) {
+  const UpdateJob& job = tile.running->job;
+  segments_.clear();
+  for (int i = 0; i < kNumPlanes; ++i) {
+    if (is_read(tile, i)) {
+      const uint64_t itemsize = plane_itemsize(job.format, i);
+      cut_segments(job.planes[i].read, begin * itemsize, end * itemsize,
+                   tile_memory(tile, i, begin), config_.checksum_nbytes, segments_);
+    }
+  }
+  for (const IoSegment& segment : segments_) {
+    if (segment.checksums) {
+      const uint64_t wrong = first_wrong_block(segment.address, segment.nbytes,
+                                               config_.checksum_nbytes, segment.checksums);
+      if (wrong < segment.nbytes) {
+        fail(*tile.running, {0, -EBADMSG, segment.fd, segment.offset + wrong, 0.0});
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+// Computes the checksums of what will be written.
+void UpdatePipeline::seal(const Tile& tile, uint64_t begin, uint64_t end) {
+  const UpdateJob& job = tile.running->job;
+  segments_.clear();
+  for (int i = 0; i < kNumPlanes; ++i) {
+    if (job.planes[i].has_write) {
+      const uint64_t itemsize = plane_itemsize(job.format, i);
+      cut_segments(job.planes[i].write, begin * itemsize, end * itemsize,
+                   tile_memory(tile, i, begin), config_.checksum_nbytes, segments_);
+    }
+  }
+  for (const IoSegment& segment : segments_) {
+    if (segment.checksums) {
+      const char* bytes = static_cast<const char*>(segment.address);
+      uint32_t* entry = segment.checksums;
+      for (uint64_t at = 0; at < segment.nbytes; at += config_.checksum_nbytes) {
+        const uint64_t nbytes = std::min(config_.checksum_nbytes, segment.nbytes - at);
+        seals_.push_back({entry++, crc32c(bytes + at, nbytes)});
+      }
+    }
+  }
 }
 
 bool UpdatePipeline::has_tiles_in_flight() const {
@@ -267,15 +342,16 @@ void UpdatePipeline::finish_transfer(const IoCompletion& completion) {
     CHECK(static_cast<uint64_t>(completion.result) == tile.nbytes);
     (was_read ? running.completion.read_bytes : running.completion.write_bytes) += tile.nbytes;
   }
-  if (was_read && tile.is_written && !running.has_failed()) {
+  const bool has_work = tile.is_written || (config_.checksum_nbytes > 0 && tile.nbytes > 0);
+  if (was_read && has_work && !running.has_failed()) {
     tile.phase = Tile::Phase::kReady;
   } else {
     free_tile(tile);
   }
 }
 
-// Keeps the first error. Tiles that wait for their kernels are dropped: nothing of theirs is in
-// flight.
+// Keeps the first error. Tiles that wait for their kernels, or are in them, are dropped: nothing of
+// theirs is in flight.
 void UpdatePipeline::fail(Running& running, const IoCompletion& completion) {
   if (running.has_failed()) {
     return;

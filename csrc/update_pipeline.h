@@ -13,6 +13,12 @@
 // The first error of a job ends it: nothing new is started for it, what is in flight is awaited,
 // and it completes once. Its planes are then part old and part new, so the caller must not use
 // them.
+//
+// Where segments have checksums, a tile goes through the caches once: a stretch of it at a time is
+// verified, computed, and given its new checksums. A block with another checksum ends the job with
+// EBADMSG and that block's offset, and nothing of the tile is written. The new checksums go into
+// the table just before the tile's write starts, so the table never runs ahead of the files by more
+// than the writes in flight.
 #pragma once
 
 #include <chrono>
@@ -52,6 +58,7 @@ struct UpdateConfig {
   uint64_t tile_numel;
   char* buffer;  // update_buffer_nbytes of it, on a 4 KiB boundary, lent until close()
   const KernelSet* kernels;
+  uint64_t checksum_nbytes = 0;  // as in IoQueue::create
 };
 
 uint64_t update_buffer_nbytes(unsigned num_tiles, uint64_t tile_numel);
@@ -77,6 +84,7 @@ class UpdatePipeline {
   size_t wait(double timeout_s, std::vector<UpdateCompletion>& completions);
 
   bool is_closed() const;
+  const UpdateConfig& config() const { return config_; }
 
   // Finishes what was submitted and joins the thread. Calling it again is a no-op.
   void close();
@@ -109,6 +117,12 @@ class UpdatePipeline {
     char* buffer = nullptr;
   };
 
+  // A table's entry, and what it will be.
+  struct Seal {
+    uint32_t* entry;
+    uint32_t checksum;
+  };
+
   UpdatePipeline(const UpdateConfig& config, std::unique_ptr<IoQueue> queue);
 
   void run();
@@ -118,10 +132,13 @@ class UpdatePipeline {
   void start_tiles();
   void start_tile(Tile& tile, Running& running);
   bool is_read(const Tile& tile, int plane) const;
-  char* tile_memory(const Tile& tile, int plane) const;
+  char* tile_memory(const Tile& tile, int plane, uint64_t element) const;
   void start_transfer(Tile& tile, int op);
   Tile* oldest_ready();
   void compute(Tile& tile);
+  bool compute_stretch(const Tile& tile, uint64_t begin, uint64_t end);
+  bool verify(const Tile& tile, uint64_t begin, uint64_t end);
+  void seal(const Tile& tile, uint64_t begin, uint64_t end);
   bool has_tiles_in_flight() const;
   void reap(double timeout_s);
   void finish_transfer(const IoCompletion& completion);
@@ -137,6 +154,7 @@ class UpdatePipeline {
   std::vector<Tile> tiles_;
   uint64_t next_sequence_ = 0;
   std::vector<IoSegment> segments_;           // scratch
+  std::vector<Seal> seals_;                   // of the tile that is computed
   std::vector<IoCompletion> io_completions_;  // scratch
 
   mutable std::mutex mutex_;

@@ -46,10 +46,12 @@ class Ring {
 
   int open(unsigned num_entries);  // 0 or an errno
   void push(const uring::SubmissionEntry& entry);
-  void submit_and_wait();  // returns when at least one completion is there, or nearly so
+  void submit_and_wait() { enter(1); }  // till at least one completion is there, or nearly so
+  void submit() { enter(0); }
   bool pop(uring::CompletionEntry* entry);
 
  private:
+  void enter(unsigned num_awaited);
   int setup(unsigned num_entries);
   int map();
   int probe() const;
@@ -149,9 +151,9 @@ void Ring::push(const uring::SubmissionEntry& entry) {
   ++num_unsubmitted_;
 }
 
-void Ring::submit_and_wait() {
-  const long submitted =
-      syscall(uring::kSysEnter, fd_, num_unsubmitted_, 1, uring::kEnterGetEvents, nullptr, 0);
+void Ring::enter(unsigned num_awaited) {
+  const long submitted = syscall(uring::kSysEnter, fd_, num_unsubmitted_, num_awaited,
+                                 uring::kEnterGetEvents, nullptr, 0);
   if (submitted >= 0) {
     num_unsubmitted_ -= static_cast<uint32_t>(submitted);
     return;
@@ -267,11 +269,20 @@ class UringQueue final : public IoQueue {
 
   // Fills the free slots with what is queued.
   void issue_waiting(Ring& ring) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    while (!free_slots_.empty() && take_block(&slots_[free_slots_.back()])) {
-      push_block(ring, free_slots_.back());
+    while (!free_slots_.empty() && take_into(&slots_[free_slots_.back()])) {
+      const unsigned slot = free_slots_.back();
       free_slots_.pop_back();
+      const bool is_sealed = seal_block(slots_[slot]);
+      push_block(ring, slot);
+      if (is_sealed) {
+        ring.submit();  // the drive writes this one while the next checksums are computed
+      }
     }
+  }
+
+  bool take_into(Block* block) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return take_block(block);
   }
 
   void reap(Ring& ring) {

@@ -21,16 +21,38 @@ class IoQueue:
     Raises OSError with the kernel's errno where the backend cannot start: EPERM, ENOSYS or ENOMEM
     mean that io_uring is not to be had here and "threads" is the way. Raises ValueError for a
     limit out of range: depth 1 to 4096, block_nbytes 4096 to 2**30, num_threads 1 to 256.
+
+    Checksums are for blocks of `checksum_nbytes` (a multiple of 4096 up to 2**30), counted from the
+    start of a piece, which is what lies together in one file; its last one may be shorter. A
+    transfer's blocks are then whole checksum blocks, even one that is larger than `block_nbytes`.
     """
 
-    def __new__(cls, backend: str, depth: int, block_nbytes: int, num_threads: int) -> IoQueue: ...
+    def __new__(
+        cls,
+        backend: str,
+        depth: int,
+        block_nbytes: int,
+        num_threads: int,
+        checksum_nbytes: int = 0,
+    ) -> IoQueue: ...
     def backend(self) -> str:
         """Return "uring" or "threads"."""
 
     def submit(
-        self, op: int, tag: int, priority: int, segments: Sequence[tuple[int, int, int, int]]
+        self,
+        op: int,
+        tag: int,
+        priority: int,
+        segments: Sequence[tuple[int, int, int, int] | tuple[int, int, int, int, int]],
     ) -> None:
         """Queue one transfer of all segments (fd, offset, address, nbytes); never blocks.
+
+        A fifth field is the address of the uint32 with the CRC32C of the segment's first checksum
+        block, or 0. The segment then begins where such a block does, and ends where one does or at
+        the end of its piece. A write stores the checksums before it starts; a read compares them,
+        and fails with EBADMSG and the offset of a checksum block whose bytes have another. The
+        table belongs to the caller: it must outlive the transfer, and no two transfers in flight
+        may have an entry in common.
 
         Lower priority values run first, equal ones in order of submission. `tag` is any value of
         0 to 2**64 - 1 and comes back with the completion. Raises RuntimeError after close().
@@ -66,8 +88,9 @@ def uring_probe() -> int:
     """Return 0 where io_uring can be used, else -errno (-EPERM in many containers)."""
 
 # A plane for UpdatePipeline.submit: (address, read segments, write segments); a segment here is
-# (fd, offset, nbytes), in the order of the plane's bytes.
-_Extents: TypeAlias = Sequence[tuple[int, int, int]] | None
+# (fd, offset, nbytes) of a piece, in the order of the plane's bytes, and the address of the piece's
+# checksums or nothing.
+_Extents: TypeAlias = Sequence[tuple[int, int, int] | tuple[int, int, int, int]] | None
 _Plane: TypeAlias = tuple[int, _Extents, _Extents] | None
 
 @final
@@ -76,7 +99,8 @@ class UpdatePipeline:
 
     The `buffer_nbytes` at `buffer_address` hold the tiles, at least
     update_buffer_nbytes(num_tiles, tile_numel) of them; `tile_numel` is a multiple of 4096;
-    `isa` is "auto", "portable", "avx2" or "avx512". The other arguments are IoQueue's.
+    `isa` is "auto", "portable", "avx2" or "avx512". The other arguments are IoQueue's; tiles and
+    pieces with checksums begin on borders of checksum blocks, in every plane.
     Raises OSError where the I/O backend cannot start, ValueError for an argument out of range.
     """
 
@@ -90,6 +114,7 @@ class UpdatePipeline:
         buffer_address: int,
         buffer_nbytes: int,
         isa: str,
+        checksum_nbytes: int = 0,
     ) -> UpdatePipeline: ...
     def submit(
         self,
@@ -114,7 +139,12 @@ class UpdatePipeline:
 
     def poll(self) -> list[tuple[int, int, int, int, int, int, float, float]]:
         """Take the completions that are there, as rows of (tag, result, fd, offset, read_bytes,
-        write_bytes, seconds, kernel_seconds); result is 0, or -errno with the fd and offset."""
+        write_bytes, seconds, kernel_seconds); result is 0, or -errno with the fd and offset.
+
+        -EBADMSG has the offset of a checksum block that is not what was written. Nothing of its
+        tile was written, no entry of the tile's checksums has changed, and nothing was computed
+        from the block; other tiles may have been written. kernel_seconds has the checksums' time.
+        """
 
     def wait(self, timeout_s: float) -> list[tuple[int, int, int, int, int, int, float, float]]:
         """Like poll(), but sleep until there is a completion; [] on timeout or when closed."""
@@ -124,6 +154,15 @@ class UpdatePipeline:
 
 def update_buffer_nbytes(num_tiles: int, tile_numel: int) -> int:
     """Return the bytes of tile buffers that an UpdatePipeline needs."""
+
+def crc32c(address: int, nbytes: int, isa: str = "auto") -> int:
+    """Return the CRC32C (Castagnoli) of bytes in memory; `isa` is "auto" or of crc32c_isas()."""
+
+def crc32c_blocks(address: int, nbytes: int, block_nbytes: int, out_address: int) -> None:
+    """Store the CRC32C of every block, the last of which may be shorter, as uint32."""
+
+def crc32c_isas() -> tuple[str, ...]:
+    """Return what this CPU can compute checksums with, fastest first; "portable" is the last."""
 
 # `isa` below is "auto" or one of supported_isas(); the bits do not depend on it. ValueError
 # where this CPU lacks it.

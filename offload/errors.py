@@ -53,11 +53,17 @@ class StorageError(OffloadError, OSError):
         where = f" at offset {offset}" if offset >= 0 else ""
         whose = f" (chunk {chunk})" if chunk else ""
         name = errno_names.errorcode.get(code, str(code))
-        text = f"{action} {path}{where}{whose} failed: {name}, {os.strerror(code)}. "
+        text = f"{action} {path}{where}{whose} failed: {name}, {_meaning(code)}. "
         super().__init__(code, text + (remedy or _remedy(code)))
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+def _meaning(code: int) -> str:
+    if code == errno_names.EBADMSG:  # a block's checksum; the system's words are "Bad message"
+        return "the drive gave back other bytes than were written"
+    return os.strerror(code)
 
 
 def _remedy(code: int) -> str:
@@ -69,4 +75,6 @@ def _remedy(code: int) -> str:
         errno_names.ENODATA: "The swap file is shorter than it was made: something cut it.",
         errno_names.EIO: "The drive reports a failure; check `dmesg`, or use another drive.",
         errno_names.EINVAL: "Direct I/O was refused; run `offload doctor` on the path.",
+        errno_names.EBADMSG: "They were not used. Start again from a checkpoint, and check the "
+        "drive's health (`smartctl -a`, `dmesg`) or use another drive.",
     }.get(code, "Check the drive and the file system, then start the run again.")

@@ -18,7 +18,10 @@ NUM_THREADS = 4
 DEMAND, PREFETCH, WRITE_BACK = 0, 1, 2  # priorities: what compute waits for goes first
 
 logger = logging.getLogger("offload")
-Segment = tuple[int, int, int, int]  # fd, offset, address, nbytes
+# fd, offset, address, nbytes, and where checksums are kept, the address of its first block's.
+Segment = tuple[int, int, int, int] | tuple[int, int, int, int, int]
+crc32c = _native.crc32c
+crc32c_blocks = _native.crc32c_blocks
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,12 +38,21 @@ class IoCompletion:
 
 
 class IoQueue:
-    """Submission and completion queue. `submit` never blocks; `wait` blocks without the GIL."""
+    """Submission and completion queue. `submit` never blocks; `wait` blocks without the GIL.
+
+    Segments with checksums get one uint32 for every `checksum_nbytes` of their piece: stored before
+    a write, compared after a read, which fails with EBADMSG and the block's offset.
+    """
 
     def __init__(
-        self, backend: str, *, depth: int = QUEUE_DEPTH, block_nbytes: int = BLOCK_NBYTES
+        self,
+        backend: str,
+        *,
+        depth: int = QUEUE_DEPTH,
+        block_nbytes: int = BLOCK_NBYTES,
+        checksum_nbytes: int = 0,
     ) -> None:
-        self._queue = _native.IoQueue(backend, depth, block_nbytes, NUM_THREADS)
+        self._queue = _native.IoQueue(backend, depth, block_nbytes, NUM_THREADS, checksum_nbytes)
         self.backend = backend
 
     def submit(

@@ -57,6 +57,10 @@ def pack_ops(ops: Sequence[AdamWOp]) -> bytes:
     )
 
 
+# fd, offset, nbytes of a piece, and where checksums are kept, the address of its first block's.
+PlaneSegment = tuple[int, int, int] | tuple[int, int, int, int]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlaneArgument:
     """How the worker reaches one plane: RAM address (0: through its tiles), and extents to read and
@@ -64,8 +68,8 @@ class PlaneArgument:
     """
 
     address: int
-    read: list[tuple[int, int, int]] | None = None
-    write: list[tuple[int, int, int]] | None = None
+    read: Sequence[PlaneSegment] | None = None
+    write: Sequence[PlaneSegment] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,9 +99,15 @@ def apply_in_ram(fmt_code: int, numel: int, addresses: Sequence[int], ops: bytes
 
 
 class UpdatePipeline:
-    """Queue of update jobs, run in order by a native thread."""
+    """Queue of update jobs, run in order by a native thread.
 
-    def __init__(self, backend: str, tile_numel: int, buffer: Region) -> None:
+    Pieces with checksums are verified as they are read and get new ones as they are written, a
+    uint32 for every `checksum_nbytes`, of which every tile of every plane has to be a multiple.
+    """
+
+    def __init__(
+        self, backend: str, tile_numel: int, buffer: Region, *, checksum_nbytes: int = 0
+    ) -> None:
         self._pipeline = _native.UpdatePipeline(
             backend,
             QUEUE_DEPTH,
@@ -107,6 +117,7 @@ class UpdatePipeline:
             buffer.address,
             buffer.nbytes,
             "auto",
+            checksum_nbytes,
         )
 
     def submit(
