@@ -16,6 +16,7 @@ F32 = npt.NDArray[np.float32]
 U16 = npt.NDArray[np.uint16]
 F64 = npt.NDArray[np.float64]
 
+CRC_POLYNOMIAL = 0x82F63B78
 SUM_TILE_NUMEL = 65536
 NUM_LANES = 16
 SET, ACCUMULATE_FP32, ACCUMULATE_IN_DTYPE = 0, 1, 2
@@ -27,6 +28,24 @@ def bits(values: F32) -> npt.NDArray[np.uint32]:
 
 def from_bits(patterns: npt.ArrayLike) -> F32:
     return np.asarray(patterns, dtype=np.uint32).view(np.float32)
+
+
+def _crc_table() -> list[int]:
+    table = list(range(256))
+    for _ in range(8):
+        table = [(value >> 1) ^ (CRC_POLYNOMIAL * (value & 1)) for value in table]
+    return table
+
+
+CRC_TABLE = _crc_table()
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli), byte by byte."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = (crc >> 8) ^ CRC_TABLE[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFFFFFF
 
 
 def split_fp32(master: F32) -> tuple[U16, U16]:

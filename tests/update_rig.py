@@ -28,6 +28,7 @@ FP32, EXACT = 0, 1
 PAGE = 4096
 
 Segments = list[tuple[int, int, int]]
+CheckedSegments = list[tuple[int, int, int, int]]
 
 
 def pages(nbytes: int) -> npt.NDArray[np.uint8]:
@@ -43,14 +44,20 @@ def aligned_copy(array: npt.NDArray) -> npt.NDArray:
 
 @contextlib.contextmanager
 def pipeline(
-    backend: str, *, num_tiles: int = 3, tile_numel: int = 4096, isa: str = "auto"
+    backend: str,
+    *,
+    num_tiles: int = 3,
+    tile_numel: int = 4096,
+    isa: str = "auto",
+    checksum_nbytes: int = 0,
 ) -> Iterator["_native.UpdatePipeline"]:
     nbytes = _native.update_buffer_nbytes(num_tiles, tile_numel)
     buffer = pages(nbytes)
     buffer[:] = 0xFF
     worker = _native.UpdatePipeline(
-        backend, 8, 64 << 10, num_tiles, tile_numel, buffer.ctypes.data, nbytes, isa
-    )
+        backend, 8, 64 << 10, num_tiles, tile_numel, buffer.ctypes.data, nbytes, isa,
+        checksum_nbytes,
+    )  # fmt: skip
     try:
         yield worker
     finally:
@@ -71,7 +78,8 @@ def wait_for(worker: "_native.UpdatePipeline", count: int) -> list[tuple]:
 class Disk:
     """Files opened for direct I/O, and extents of them handed out one after the other."""
 
-    def __init__(self, folder: Path, num_files: int) -> None:
+    def __init__(self, folder: Path, num_files: int, piece_unit: int = PAGE) -> None:
+        self.piece_unit = piece_unit  # every piece but a plane's last is a multiple of it
         self.fds = [
             os.open(folder / f"swap{i}", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
             for i in range(num_files)
@@ -84,8 +92,10 @@ class Disk:
         for file in itertools.cycle(range(len(self.fds))):
             if nbytes == 0:
                 return segments
-            most = nbytes // PAGE
-            taken = nbytes if len(self.fds) == 1 else PAGE * int(rng.integers(1, most + 1))
+            most = -(-nbytes // self.piece_unit)
+            taken = nbytes
+            if len(self.fds) > 1:
+                taken = min(nbytes, self.piece_unit * int(rng.integers(1, most + 1)))
             segments.append((self.fds[file], self.ends[file], taken))
             self.ends[file] += taken + PAGE * int(rng.integers(0, 3))
             nbytes -= taken
@@ -110,6 +120,37 @@ class Disk:
             os.close(fd)
 
 
+class Tables:
+    """The checksums of every piece that was attached, by where the piece begins."""
+
+    def __init__(self, disk: Disk, checksum_nbytes: int) -> None:
+        self.disk, self.checksum_nbytes = disk, checksum_nbytes
+        self.arrays: dict[tuple[int, int, int], npt.NDArray[np.uint32]] = {}
+
+    def attach(self, segments: Segments | None) -> CheckedSegments | None:
+        """The segments with their checksums; pieces not seen before get those of the file."""
+        if segments is None:
+            return None
+        for piece in segments:
+            if piece not in self.arrays:
+                self.arrays[piece] = self.of_file(piece)
+        return [(*piece, self.arrays[piece].ctypes.data) for piece in segments]
+
+    def of_file(self, piece: tuple[int, int, int]) -> npt.NDArray[np.uint32]:
+        data = self.disk.read([piece], np.uint8)
+        sums = np.zeros(-(-data.size // self.checksum_nbytes), np.uint32)
+        _native.crc32c_blocks(data.ctypes.data, data.size, self.checksum_nbytes, sums.ctypes.data)
+        return sums
+
+    def wrong(self) -> list[tuple[int, int]]:
+        """(fd, offset) of every block that is not what its checksum says."""
+        return [
+            (piece[0], piece[1] + int(block) * self.checksum_nbytes)
+            for piece, sums in self.arrays.items()
+            for block in np.nonzero(sums != self.of_file(piece))[0]
+        ]
+
+
 @dataclasses.dataclass
 class Home:
     """Where one plane is: in memory, in extents, or both; writes may go to other extents."""
@@ -117,10 +158,14 @@ class Home:
     memory: npt.NDArray | None
     read: Segments | None
     write: Segments | None
+    tables: Tables | None = None
 
     @property
-    def argument(self) -> tuple[int, Segments | None, Segments | None]:
-        return (0 if self.memory is None else self.memory.ctypes.data, self.read, self.write)
+    def argument(self) -> tuple:
+        address = 0 if self.memory is None else self.memory.ctypes.data
+        if self.tables is None:
+            return (address, self.read, self.write)
+        return (address, self.tables.attach(self.read), self.tables.attach(self.write))
 
 
 # How a plane can be placed. The last one reads into memory and writes elsewhere.
@@ -173,6 +218,12 @@ class Chunk:
     def place_all(self, place: str, disk: Disk | None, rng: np.random.Generator) -> None:
         for name in self.dtypes:
             self.place(name, place, disk, rng)
+
+    def protect(self, tables: Tables) -> None:
+        """Have checksums for all that lies in files."""
+        for home in self.homes.values():
+            home.tables = tables
+            assert home.argument  # the checksums of what is there now
 
     def submit(self, worker: "_native.UpdatePipeline", tag: int, ops: list[AdamWOp]) -> None:
         """Submit the job, and let the twins do the same."""
