@@ -20,17 +20,27 @@ import enum
 import errno
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from offload import io, manifest
 from offload.chunk import Chunk, ChunkSpec
 from offload.engine import Engine
 from offload.errors import StateError, StorageError
-from offload.manifest import ChunkRecord, Manifest, ParamRecord, PlaneRecord, TensorRecord
+from offload.manifest import (
+    ChecksumsRecord,
+    ChunkRecord,
+    Manifest,
+    ParamRecord,
+    PlaneRecord,
+    TensorRecord,
+)
 from offload.store import ChunkStore, PlaneExtents
-from offload.swapfile import MANIFEST_NAME, MEMBER_NAME
+from offload.swapfile import CHECKSUM_NAMES, MANIFEST_NAME, MEMBER_NAME
 from offload.tier import Link
 
 _CAUSE = "commit"
@@ -176,7 +186,7 @@ class Commits:
         self._store.sync()
         if self._is_first:
             self._claim_folders()
-        content = manifest.encode(self._manifest())
+        content = manifest.encode(self._manifest(self._write_checksums()))
         write_durably(self._store.paths[0] / MANIFEST_NAME, content)
 
     def _claim_folders(self) -> None:
@@ -187,38 +197,71 @@ class Commits:
             else:
                 _sync_folder(path)
 
-    def _manifest(self) -> Manifest:
-        record = self._record
-        if record is None:
-            raise StateError("a commit without a step.")
-        chunks = zip(self._engine.chunks, record.num_steps, strict=True)
-        return Manifest.model_construct(
-            run=self._run,
-            step=record.step,
-            state_format=self._engine.plan.fmt.name,
-            file_nbytes=self._store.file_nbytes,
-            checksums=None,
-            chunks=tuple(self._chunk_record(chunk, counts) for chunk, counts in chunks),
-            buffers=record.buffers,
-            rng=record.rng,
-            progress=record.progress,
-            kind="run",
+    def _write_checksums(self) -> ChecksumsRecord | None:
+        """The checksums of the newest extents, in the manifest's order."""
+        store = self._store
+        if not store.checksum_nbytes:
+            return None
+        tables = [
+            store.checksums(extents.newest)
+            for chunk in self._engine.chunks
+            for extents in self._state_extents(chunk)
+        ]
+        path = store.paths[0] / CHECKSUM_NAMES[self._slot]
+        crc = 0
+        for table in tables:
+            crc = zlib.crc32(table.data, crc)
+        try:
+            write_synced(path, [table.data for table in tables])
+        except OSError as error:
+            raise StorageError(error.errno or errno.EIO, "committing", path=str(path)) from error
+        return ChecksumsRecord.model_construct(
+            slot=self._slot,
+            block_nbytes=store.checksum_nbytes,
+            nbytes=sum(table.nbytes for table in tables),
+            crc32=crc,
         )
 
-    def _chunk_record(self, chunk: Chunk, num_steps: tuple[int, ...]) -> ChunkRecord:
-        return ChunkRecord.model_construct(
-            name=chunk.name,
-            numel=chunk.spec.numel,
-            params=param_records_of(chunk.spec),
-            num_steps=num_steps,
-            planes={
-                plane.value: PlaneRecord.model_construct(
-                    extents=tuple(extent.pieces for extent in chunk.extents[plane].extents),
-                    committed=chunk.extents[plane].newest_index,
-                )
-                for plane in chunk.spec.state_planes(self._engine.plan.fmt)
-            },
-        )
+    def _manifest(self, checksums: ChecksumsRecord | None) -> Manifest:
+        if self._record is None:
+            raise StateError("a commit without a step.")
+        return manifest_of(self._engine, self._record, self._run, checksums)
+
+
+def manifest_of(
+    engine: Engine, record: StepRecord, run: str, checksums: ChecksumsRecord | None = None
+) -> Manifest:
+    """The manifest of the step that the newest extents hold."""
+    chunks = zip(engine.chunks, record.num_steps, strict=True)
+    return Manifest.model_construct(
+        run=run,
+        step=record.step,
+        state_format=engine.plan.fmt.name,
+        file_nbytes=engine.store.file_nbytes if engine.store is not None else (0,),
+        checksums=checksums,
+        chunks=tuple(_chunk_record(engine, chunk, counts) for chunk, counts in chunks),
+        buffers=record.buffers,
+        rng=record.rng,
+        progress=record.progress,
+        kind="run",
+    )
+
+
+def _chunk_record(engine: Engine, chunk: Chunk, num_steps: tuple[int, ...]) -> ChunkRecord:
+    return ChunkRecord.model_construct(
+        name=chunk.name,
+        numel=chunk.spec.numel,
+        params=param_records_of(chunk.spec),
+        num_steps=num_steps,
+        planes={
+            plane.value: PlaneRecord.model_construct(
+                extents=tuple(extent.pieces for extent in chunk.extents[plane].extents),
+                committed=chunk.extents[plane].newest_index,
+            )
+            for plane in chunk.spec.state_planes(engine.plan.fmt)
+            if plane in chunk.extents
+        },
+    )
 
 
 def param_records_of(spec: ChunkSpec) -> tuple[ParamRecord, ...]:
@@ -269,6 +312,20 @@ def _sync_folder(path: Path) -> None:
             os.close(fd)
     except OSError as error:
         raise StorageError(error.errno or errno.EIO, "flushing", path=str(path)) from error
+
+
+def read_checksums(folder: Path, record: ChecksumsRecord) -> np.ndarray:
+    """The uint32 checksums of a commit. Raises StorageError where the file is not what it was."""
+    path = folder / CHECKSUM_NAMES[record.slot]
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with open(fd, "rb") as file:
+            content = file.read(record.nbytes + 1)
+    except OSError as error:
+        raise StorageError(error.errno or errno.EIO, "reading", path=str(path)) from error
+    if len(content) != record.nbytes or zlib.crc32(content) != record.crc32:
+        raise StorageError(errno.EBADMSG, "reading", path=str(path))
+    return np.frombuffer(content, np.uint32)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -46,7 +46,7 @@ _CAUSES = {
 }
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     pass
 
 
@@ -85,9 +85,13 @@ class Engine:
             store.open(nvme_budget)
         self.before_change: Callable[[], None] = _nothing  # a commit under way must end first
         self.after_poll: Callable[[], None] = _nothing  # and goes on when something has finished
+        self.before_overwrite: Callable[[Extent], None] = _nothing  # a checkpoint may need it
+        checksum_nbytes = store.checksum_nbytes if store is not None else 0
         try:
-            queue = IoQueue(backend) if store is not None else None
-            pipeline = UpdatePipeline(backend, plan.tile_numel, tiles)
+            queue = IoQueue(backend, checksum_nbytes=checksum_nbytes) if store else None
+            pipeline = UpdatePipeline(
+                backend, plan.tile_numel, tiles, checksum_nbytes=checksum_nbytes
+            )
         except BaseException:
             if store is not None:
                 store.close(keep=bool(homes))
@@ -317,6 +321,8 @@ class Engine:
             chunk.slot = self._weight_slot(chunk, demand=demand)
             if chunk.slot is None:
                 return False
+        for extents in chunk.extents.values():
+            self.before_overwrite(extents.target)
         planes = plane_arguments(chunk, self.plan.fmt, self.store, fresh=fresh)
         update.started = True
         chunk.to(Residency.UPDATING)
@@ -391,21 +397,18 @@ class Engine:
         """Read the newest version of one whole plane to memory at `address`, or write a new one
         from there, and wait for it.
         """
-        done: list[int] = []
-        extents, is_read = chunk.extents[plane], op == io.READ
-
-        def finish(result: int, fd: int, offset: int) -> None:
-            done.append(result)
-            if result < 0:
-                action = "reading" if is_read else "writing"
-                raise self._flight.storage_error(result, action, fd, offset, chunk.name)
-
-        extent = extents.newest if is_read else extents.target_of(chunk.name)
-        self.start_plane(op, extent, address, chunk, finish)
-        while not done:
-            self.block(Link.READ.value if is_read else Link.WRITE.value)
-        if not is_read:
+        extents = chunk.extents[plane]
+        if op == io.READ:
+            self._flight.move_extent(op, extents.newest, address, chunk.name)
+        else:
+            self.write_part(chunk, plane, 0, address, extents.newest.nbytes)
             extents.wrote()
+
+    def write_part(self, chunk: Chunk, plane: Plane, begin: int, address: int, nbytes: int) -> None:
+        """Write `nbytes` of a plane's next version, from its byte `begin`, and wait for it."""
+        target = chunk.extents[plane].target_of(chunk.name)
+        self.before_overwrite(target)
+        self._flight.move_extent(io.WRITE, target, address, chunk.name, begin, nbytes)
 
     def start_plane(
         self, op: int, extent: Extent, address: int, chunk: Chunk, finish: Finish,
@@ -414,6 +417,8 @@ class Engine:
         """Start moving one whole plane between its extent and memory at `address`; `finish` runs in
         poll.
         """
+        if op == io.WRITE:
+            self.before_overwrite(extent)
         self._flight.start_plane(op, extent, address, chunk.name, finish, priority)
 
     # ---- completions ----

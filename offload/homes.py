@@ -40,4 +40,7 @@ def allocate_extents(
             nbytes = chunk.spec.nbytes(plane, plan.fmt)
             num_extents = plan.num_extents(chunk.spec, plane)
             home = PlaneExtents([store.allocate(nbytes) for _ in range(num_extents)])
+        else:
+            for extent in home.extents:
+                store.cover(extent)
         chunk.extents[plane] = home

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from offload.errors import OffloadError, StateError
-from offload.io import READ, IoQueue, Segment
+from offload.io import DEMAND, READ, IoQueue, Segment
 from offload.stats import UPDATE, StatsCounter
 from offload.store import ChunkStore, Extent
 from offload.tier import DeviceEvent, Link
@@ -48,14 +48,34 @@ class InFlight:
     # ---- starting ----
 
     def start_plane(
-        self, op: int, extent: Extent, address: int, chunk: str, finish: Finish, priority: int
-    ) -> None:
-        """Start moving a whole extent from or to memory at `address`, as start_io does."""
+        self, op: int, extent: Extent, address: int, chunk: str, finish: Finish, priority: int,
+        begin: int = 0, nbytes: int | None = None,
+    ) -> None:  # fmt: skip
+        """Start moving an extent, or a part of it, from or to memory at `address`, as start_io
+        does.
+        """
         if self._store is None:
             raise StateError(f"chunk {chunk}: there is no NVMe tier.")
         link = Link.READ if op == READ else Link.WRITE
-        segments = self._store.io_segments(extent, address)
+        segments = self._store.io_segments(extent, address, begin, nbytes)
         self.start_io(op, link, chunk, segments, finish, priority)
+
+    def move_extent(
+        self, op: int, extent: Extent, address: int, chunk: str, begin: int = 0,
+        nbytes: int | None = None,
+    ) -> None:  # fmt: skip
+        """The same, and wait for it. Raises StorageError."""
+        done: list[int] = []
+        cause, action = (Link.READ, "reading") if op == READ else (Link.WRITE, "writing")
+
+        def finish(result: int, fd: int, offset: int) -> None:
+            done.append(result)
+            if result < 0:
+                raise self.storage_error(result, action, fd, offset, chunk)
+
+        self.start_plane(op, extent, address, chunk, finish, DEMAND, begin, nbytes)
+        while not done:
+            self.block(cause.value)
 
     def start_io(
         self,

@@ -29,6 +29,26 @@ WeightSource = Callable[
 ]  # fills the tensor (shape of the parameter, fp32)
 
 
+def check_source(model: nn.Module, weights: str | Path | None) -> None:
+    """Raise StateError for a model on meta without a source of weights."""
+    on_meta = [name for name, param in model.named_parameters() if param.is_meta]
+    if on_meta and weights is None:
+        raise StateError(
+            f"parameter {on_meta[0]} (and {len(on_meta) - 1} more) is on meta and no source of "
+            "weights is given. "
+            "Pass weights='init' for the modules' own initialisers, or weights=<folder of "
+            "safetensors>."
+        )
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move every buffer of a model to `device`."""
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+
+
 def fill_chunk(engine: Engine, chunk: Chunk, source: WeightSource) -> None:
     """Fill the weight and residue planes of a chunk from `source`, and zero its moments.
 

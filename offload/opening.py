@@ -21,12 +21,26 @@ from offload.policy import OffloadPolicy
 from offload.recovery import check_same_model, homes_of
 from offload.slots import Slab
 from offload.store import ChunkStore
-from offload.swapfile import RunFiles
+from offload.swapfile import MANIFEST_NAME, RunFiles
 from offload.timeline import Timeline
 from offload.transfer import Device
 
 logger = logging.getLogger("offload")
 RESUME = "resume"
+
+
+def manifest_to_restore(
+    policy: OffloadPolicy, weights: str | Path | None, specs: Sequence[ChunkSpec]
+) -> Manifest | None:
+    """The manifest of a checkpoint that `weights` names, or None where it names none.
+
+    Raises StorageError where it is broken, StateError for another model.
+    """
+    if weights in (None, RESUME, "init") or not (Path(str(weights)) / MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(Path(str(weights)))
+    check_same_model(manifest, specs, FORMATS[policy.state.format], f"the checkpoint {weights}")
+    return manifest
 
 
 def manifest_to_resume(
@@ -67,12 +81,12 @@ def open_engine(
     chunks = [Chunk(s, p) for s, p in zip(plan.specs, params, strict=True)]
     store, backend = None, "threads"
     nvme = policy.tiers.nvme
+    slab = Slab(plan.slab_nbytes)
     if plan.uses_files and nvme is not None:
         backend, reason = choose_backend(nvme.io)
         fell_back = nvme.io == "auto" and backend != "uring"
         logger.log(logging.WARNING if fell_back else logging.INFO, "I/O: %s: %s", backend, reason)
-        store = ChunkStore(nvme.paths, run=_run_files(plan, manifest))
-    slab = Slab(plan.slab_nbytes)
+        store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest))
     try:
         slab.populate()
         device.register(slab)
@@ -91,6 +105,14 @@ def open_engine(
     except BaseException:
         slab.close()
         raise
+
+
+def make_store(
+    plan: Plan, paths: Sequence[Path], slab: Slab, run: RunFiles | None = None
+) -> ChunkStore:
+    """The store of a plan, its checksums in the slab."""
+    table = slab.carve("checksums", plan.table_nbytes) if plan.table_nbytes else None
+    return ChunkStore(paths, run=run, checksum_nbytes=plan.checksum_nbytes, table=table)
 
 
 def _run_files(plan: Plan, manifest: Manifest | None) -> RunFiles | None:

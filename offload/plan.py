@@ -10,6 +10,7 @@ sum and the nearest setting that fits.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from offload.chunk import NUMEL_MULTIPLE, ChunkSpec
@@ -18,11 +19,13 @@ from offload.formats import GRAD_PLANES, Plane, StateFormat
 from offload.policy import OffloadPolicy, format_nbytes, short_nbytes
 from offload.schedule import count_loads, default_order
 from offload.slots import HUGE_PAGE_NBYTES, round_up
+from offload.store import table_nbytes
 from offload.swapfile import ALIGN_NBYTES
 from offload.update import tile_buffer_nbytes
 
 WEIGHT_SLOTS_TARGET = 3  # one in use, one arriving, one being updated
 GRAD_SLOTS_TARGET = 3  # one landing, two waiting for the update worker
+CHECKSUM_NBYTES = 64 << 10  # 4 bytes of RAM for each, and what a read has to bring to be checked
 _CLASS_RATIO = 0.6  # a chunk joins the class of a larger one if it fills this share of the slot
 _MIN_TILE_NUMEL = 16384
 
@@ -58,6 +61,7 @@ class Plan:
     cpu_budget_nbytes: int
     uses_nvme: bool
     num_paths: int = 0
+    checksum_nbytes: int = 0  # one checksum for so many bytes on NVMe; 0: none
     commit_every: int = 0  # steps from one commit to the next; 0: a crash loses the run
 
     def pool_of(self, index: int) -> PoolSpec:
@@ -71,7 +75,19 @@ class Plan:
             rows.append((f"gradient slots {pool.name}", pool.slot_nbytes * pool.num_grad_slots))
         for plane in self.fmt.state_planes:
             rows.append((f"pinned {plane.value}", self._pinned_nbytes(plane)))
+        rows.append(("checksums", self.table_nbytes))
         return [row for row in rows if row[1]]
+
+    @property
+    def table_nbytes(self) -> int:
+        """RAM for the checksums of everything on NVMe."""
+        sizes = [
+            spec.nbytes(plane, self.fmt)
+            for spec in self.specs
+            for plane in self.nvme_planes(spec)
+            for _ in range(self.num_extents(spec, plane))
+        ]
+        return table_nbytes(sizes, self.num_paths, self.checksum_nbytes)
 
     def _pinned_nbytes(self, plane: Plane) -> int:
         return sum(
@@ -290,9 +306,18 @@ class _Planner:
             cpu_budget_nbytes=self.budget,
             uses_nvme=self.has_nvme,
             num_paths=len(nvme.paths) if nvme is not None else 0,
+            checksum_nbytes=self._checksum_nbytes(),
             commit_every=self.policy.commit_every,
         )
         return dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
+
+    def _checksum_nbytes(self) -> int:
+        """Small enough that every tile of every plane is whole blocks, and else CHECKSUM_NBYTES."""
+        nvme = self.policy.tiers.nvme
+        if nvme is None or not nvme.checksum:
+            return 0
+        itemsize = min(self.fmt.itemsize(p) for p in self.fmt.state_planes + self.fmt.grad_planes)
+        return math.gcd(CHECKSUM_NBYTES, self.tile_numel * itemsize)
 
     # Everything in RAM: no file is ever opened.
 

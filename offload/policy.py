@@ -196,8 +196,8 @@ class NvmePolicy(Section):
         default="auto",
         description="auto (io_uring where the kernel allows it, else threads), uring or threads",
     )
-    checksum: Annotated[Literal[False], _not_yet(True)] = Field(
-        default=False, description="false; blocks are not verified by checksum yet"
+    checksum: bool = Field(
+        default=True, description="true (every block read is verified by its CRC32C) or false"
     )
 
 

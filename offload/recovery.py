@@ -12,13 +12,13 @@ from torch import nn
 
 from offload import io, materialise
 from offload.chunk import ChunkSpec
-from offload.commit import param_records_of
+from offload.commit import param_records_of, read_checksums
 from offload.engine import Engine
 from offload.errors import StateError
 from offload.formats import StateFormat
 from offload.homes import PlaneKey
 from offload.manifest import ChunkRecord, Manifest, pack_tensor, unpack_tensor
-from offload.store import PlaneExtents
+from offload.store import ChunkStore, PlaneExtents
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +68,36 @@ def homes_of(manifest: Manifest) -> dict[PlaneKey, PlaneExtents]:
     return {(index, plane): record.restored() for index, plane, record in manifest.planes()}
 
 
+def load_checksums(store: ChunkStore, manifest: Manifest) -> None:
+    """Give the committed extents the checksums that they were committed with.
+
+    Raises StateError where the run was written with other blocks, or without checksums.
+    """
+    record = manifest.checksums
+    if not store.checksum_nbytes:
+        return
+    if record is None or record.block_nbytes != store.checksum_nbytes:
+        was = "without checksums" if record is None else f"in blocks of {record.block_nbytes}"
+        raise StateError(
+            f"the run in {store.paths[0]} was written {was}, this policy wants blocks of "
+            f"{store.checksum_nbytes}. Put tiers.nvme.checksum, optimizer.tile_numel and "
+            "tiers.cpu.budget back, or start from a checkpoint of it."
+        )
+    entries, start = read_checksums(store.paths[0], record), 0
+    for _, _, plane in manifest.planes():
+        table = store.checksums(plane.restored().newest)
+        if start + len(table) > len(entries):
+            break
+        table[:] = entries[start : start + len(table)]
+        start += len(table)
+    if start != len(entries):
+        raise StateError(f"the checksums of the run in {store.paths[0]} are of other extents.")
+
+
 def adopt(engine: Engine, model: nn.Module, manifest: Manifest) -> Recovered:
     """Bring the pinned planes back into RAM, and the step counts, buffers and random states."""
+    if engine.store is not None:
+        load_checksums(engine.store, manifest)
     for chunk in engine.chunks:
         materialise.make_real(chunk)
         for plane, region in chunk.pinned.items():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from offload.checkpoint import Checkpoint
 from offload.commit import Commits, StepRecord
 from offload.engine import Engine
 from offload.errors import StateError
@@ -27,6 +29,7 @@ class RunState:
         self._engine = engine
         self._model = model
         self._commits = commits
+        self._checkpoint: Checkpoint | None = None
 
     def end_step(self) -> None:
         """An optimizer step has been given out. Does not block."""
@@ -56,8 +59,26 @@ class RunState:
         if self._commits is not None and self.num_steps:
             self.commit(is_between_steps=True)
 
+    def checkpoint(
+        self, folder: Path, *, is_between_steps: bool, wait: bool, rate_nbytes: int | None
+    ) -> Checkpoint:
+        """Begin a checkpoint of the last step, when the one before has ended."""
+        if not is_between_steps:
+            raise StateError("checkpoint() between backward() and step(): call it after step().")
+        self._end_checkpoint()
+        self._checkpoint = Checkpoint(self._engine, self._record(), folder, rate_nbytes=rate_nbytes)
+        if wait:
+            self._checkpoint.wait()
+        return self._checkpoint
+
+    def _end_checkpoint(self) -> None:
+        """A copy under way reads the run's files, so it ends before they do."""
+        if self._checkpoint is not None:
+            self._checkpoint.join()
+
     def end(self) -> bool:
-        """Stop the thread; whether there is a committed step to come back to."""
+        """Stop the threads; whether there is a committed step to come back to."""
+        self._end_checkpoint()
         commits, self._commits = self._commits, None
         if commits is None:
             return False

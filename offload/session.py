@@ -15,6 +15,7 @@ from torch import nn
 
 from offload import machine, materialise, routing
 from offload.attach import Attachment
+from offload.checkpoint import Checkpoint
 from offload.chunk import Chunk
 from offload.errors import StateError
 from offload.export import export_model
@@ -22,7 +23,13 @@ from offload.formats import FORMATS, Plane
 from offload.hooks import Autograd
 from offload.landing import Gradients
 from offload.manifest import Manifest
-from offload.opening import manifest_to_resume, open_commits, open_engine
+from offload.opening import (
+    RESUME,
+    manifest_to_restore,
+    manifest_to_resume,
+    open_commits,
+    open_engine,
+)
 from offload.openmp import Calm
 from offload.partition import Partition, partition
 from offload.plan import Plan, make_plan
@@ -30,6 +37,7 @@ from offload.planes import PlaneReader
 from offload.policy import OffloadPolicy, format_nbytes
 from offload.recovery import Recovered, adopt
 from offload.report import MemoryReport, memory_report
+from offload.restore import restore
 from offload.runstate import RunState
 from offload.stats import StepStats
 from offload.timeline import Timeline
@@ -77,29 +85,31 @@ class Session:
         self.recovered: Recovered | None = None
         self._refuse_twice()
         parts = partition(model)
-        self._check_weights(weights)
+        materialise.check_source(model, weights)
         self.timeline = Timeline(TIMELINE_CAPACITY)
         self.device = device or make_device(policy.tiers.gpu.device)
         fmt, host = FORMATS[policy.state.format], self.device.is_host
         try:
             self.plan = make_plan(parts.specs, fmt, policy, host_compute=host)
             manifest = manifest_to_resume(policy, weights, parts.specs)
+            saved = manifest_to_restore(policy, weights, parts.specs)
             self._engine = open_engine(
                 policy, self.plan, parts.params, device=self.device, timeline=self.timeline,
                 poison=poison, manifest=manifest,
             )  # fmt: skip
             commits = open_commits(self._engine, manifest)
+            saved = manifest or saved
         except BaseException:
             self.device.close()
             raise
-        self.run = RunState(self._engine, model, commits, manifest)
+        self.run = RunState(self._engine, model, commits, saved)
         self._dtypes = {id(p): p.dtype for c in self._engine.chunks for p in c.params}
         self._planes = PlaneReader(self._engine)
         self._calm = Calm() if self.device.is_host else None
         self._watch: contextlib.AbstractContextManager[object] | None = None
         atexit.register(self._shut)  # a program that ends inside the context leaves no files
         try:
-            self._materialise(weights, manifest)
+            self._materialise(weights, saved)
             self._attach(parts)
         except BaseException:
             self._abort(constructing=True)
@@ -113,19 +123,11 @@ class Session:
                 "this model is offloaded already; close the first engine before the second."
             )
 
-    def _check_weights(self, weights: str | Path | None) -> None:
-        on_meta = [name for name, param in self.model.named_parameters() if param.is_meta]
-        if on_meta and weights is None:
-            raise StateError(
-                f"parameter {on_meta[0]} (and {len(on_meta) - 1} more) is on meta and no source of "
-                "weights is given. "
-                "Pass weights='init' for the modules' own initialisers, or weights=<folder of "
-                "safetensors>."
-            )
-
-    def _materialise(self, weights: str | Path | None, manifest: Manifest | None) -> None:
-        if manifest is not None:
-            self.recovered = adopt(self._engine, self.model, manifest)
+    def _materialise(self, weights: str | Path | None, saved: Manifest | None) -> None:
+        if saved is not None and weights == RESUME:
+            self.recovered = adopt(self._engine, self.model, saved)
+        elif saved is not None:
+            self.recovered = restore(self._engine, self.model, saved, Path(str(weights)))
         elif weights is None:
             materialise.from_memory(self._engine)
         elif weights == "init":
@@ -133,13 +135,7 @@ class Session:
         else:
             materialise.from_folder(self._engine, self.model, Path(weights))
         if not self.device.is_host:
-            self._move_buffers(self.device.torch_device)
-
-    def _move_buffers(self, device: torch.device) -> None:
-        for module in self.model.modules():
-            for key, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[key] = buffer.to(device)
+            materialise.move_buffers(self.model, self.device.torch_device)
 
     def _attach(self, parts: Partition) -> None:
         self.gradients = Gradients(self._engine, eager=self.policy.optimizer.update == "eager")
@@ -332,6 +328,21 @@ class Session:
         self._check_open()
         self.run.commit(is_between_steps=not self.gradients.anything_updated)
 
+    def checkpoint(
+        self, folder: str | Path, *, wait: bool = True, rate_nbytes: int | None = None
+    ) -> Checkpoint:
+        """Copy the state that the last step left to an empty folder, for weights=<that folder>.
+
+        Shares the bytes where the file system has reflinks. With wait=False training goes on while
+        the rest is copied, at most `rate_nbytes` a second; the result's wait() then ends it.
+        """
+        self._check_open()
+        self.flush()
+        return self.run.checkpoint(
+            Path(folder), is_between_steps=not self.gradients.anything_updated, wait=wait,
+            rate_nbytes=rate_nbytes,
+        )  # fmt: skip
+
     def stats(self) -> StepStats:
         """Bytes, seconds and stalls of the last finished step."""
         return self._engine.stats.last
@@ -479,4 +490,4 @@ class Session:
         if self._calm is not None:
             self._calm.close()
         if not self.device.is_host:
-            self._move_buffers(torch.device("cpu"))
+            materialise.move_buffers(self.model, torch.device("cpu"))

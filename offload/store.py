@@ -16,10 +16,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from offload import swapfile
+import numpy as np
+
+from offload import io, swapfile
 from offload.errors import BudgetError, StateError, StorageError
-from offload.slots import round_up
+from offload.slots import Region, round_up
 from offload.swapfile import ALIGN_NBYTES, LOCK_NAME, SWAP_NAME, RunFiles
+
+PlaneSegment = tuple[int, int, int, int]  # fd, offset, nbytes, address of its checksums or 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,6 +35,18 @@ class Extent:
     @property
     def nbytes(self) -> int:
         return sum(piece[2] for piece in self.pieces)
+
+
+def table_nbytes(plane_nbytes: Sequence[int], num_paths: int, checksum_nbytes: int) -> int:
+    """Bytes of checksums that extents of these sizes need at most, in whole pages."""
+    if not checksum_nbytes:
+        return 0
+    blocks = sum(-(-nbytes // checksum_nbytes) + num_paths for nbytes in plane_nbytes)
+    return round_up(4 * blocks, ALIGN_NBYTES)
+
+
+def _as_uint32(region: Region) -> np.ndarray:
+    return region.tensor.numpy().view(np.uint32)
 
 
 class PlaneExtents:
@@ -87,11 +103,26 @@ class PlaneExtents:
 class ChunkStore:
     """Owns the swap files. `allocate` plans extents; `open` makes the files real; `close` removes
     them, unless they hold a committed run.
+
+    With `checksum_nbytes` every block of that size has a CRC32C in `table` (see table_nbytes),
+    apart from the data: the native code stores it before a write and compares it after a read.
     """
 
-    def __init__(self, paths: Sequence[Path], *, run: RunFiles | None = None) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        run: RunFiles | None = None,
+        checksum_nbytes: int = 0,
+        table: Region | None = None,
+    ) -> None:
         self.paths = tuple(paths)
         self.run = run
+        self.checksum_nbytes = checksum_nbytes if table is not None else 0
+        self._entries = np.empty(0, np.uint32) if table is None else _as_uint32(table)
+        self._num_entries = 0
+        self._checksums: dict[Extent, np.ndarray] = {}
+        self._zero_checksums: dict[int, int] = {}
         self._file_nbytes = [0] * len(paths)
         if run is not None:
             self._file_nbytes = list(run.used_nbytes) or [ALIGN_NBYTES] * len(paths)
@@ -110,7 +141,8 @@ class ChunkStore:
     def allocate(self, nbytes: int) -> Extent:
         """Book space for one plane, striped evenly over the files."""
         pieces: list[tuple[int, int, int]] = []
-        share = round_up(-(-nbytes // len(self.paths)), ALIGN_NBYTES)
+        align = self.checksum_nbytes or ALIGN_NBYTES
+        share = round_up(-(-nbytes // len(self.paths)), align)
         left = nbytes
         for index in range(len(self.paths)):
             piece = min(share, left)
@@ -118,7 +150,56 @@ class ChunkStore:
                 pieces.append((index, self._file_nbytes[index], piece))
                 self._file_nbytes[index] += round_up(piece, ALIGN_NBYTES)
                 left -= piece
-        return Extent(tuple(pieces))
+        extent = Extent(tuple(pieces))
+        self.cover(extent)
+        return extent
+
+    # ---- checksums ----
+
+    def cover(self, extent: Extent) -> None:
+        """Give an extent its part of the table, as if it held zeros, which a new file does."""
+        if not self.checksum_nbytes:
+            return
+        sizes = self._block_sizes(extent)
+        end = self._num_entries + len(sizes)
+        if end > len(self._entries):
+            raise StateError("the checksum table is too small; the plan's sum is wrong.")
+        entries = self._entries[self._num_entries : end]
+        entries[:] = [self._zero_checksum(nbytes) for nbytes in sizes]
+        self._checksums[extent] = entries
+        self._num_entries = end
+
+    def checksums(self, extent: Extent) -> np.ndarray:
+        """The uint32 checksums of an extent's blocks, in plane order; shares memory. The piece
+        after a piece begins a new block.
+        """
+        return self._checksums[extent]
+
+    def _block_sizes(self, extent: Extent) -> list[int]:
+        block = self.checksum_nbytes
+        return [
+            min(block, nbytes - start)
+            for _, _, nbytes in extent.pieces
+            for start in range(0, nbytes, block)
+        ]
+
+    def _zero_checksum(self, nbytes: int) -> int:
+        if nbytes not in self._zero_checksums:
+            zeros = np.zeros(nbytes, np.uint8)
+            self._zero_checksums[nbytes] = io.crc32c(zeros.ctypes.data, nbytes)
+        return self._zero_checksums[nbytes]
+
+    def _checksum_addresses(self, extent: Extent) -> list[int]:
+        """Where the checksums of each piece begin; 0 where there are none."""
+        if not self.checksum_nbytes:
+            return [0] * len(extent.pieces)
+        address, addresses = self._checksums[extent].ctypes.data, []
+        for _, _, nbytes in extent.pieces:
+            addresses.append(address)
+            address += 4 * -(-nbytes // self.checksum_nbytes)
+        return addresses
+
+    # ---- files ----
 
     def open(self, budget_nbytes: int | None) -> None:
         """Lock the paths and preallocate the files.
@@ -151,16 +232,30 @@ class ChunkStore:
         used = self.run.used_nbytes[index] if self.run.used_nbytes else 0
         return swapfile.open_swap(path, nbytes, self.run.header(index), used_nbytes=used)
 
-    def segments(self, extent: Extent) -> list[tuple[int, int, int]]:
-        """(fd, offset, nbytes) of the extent's pieces, for the update worker."""
-        return [(self._fds[index], offset, nbytes) for index, offset, nbytes in extent.pieces]
+    def segments(self, extent: Extent) -> list[PlaneSegment]:
+        """(fd, offset, nbytes, checksums) of the extent's pieces, for the update worker."""
+        addresses = self._checksum_addresses(extent)
+        return [
+            (self._fds[index], offset, nbytes, checksums)
+            for (index, offset, nbytes), checksums in zip(extent.pieces, addresses, strict=True)
+        ]
 
-    def io_segments(self, extent: Extent, address: int) -> list[tuple[int, int, int, int]]:
-        """(fd, offset, address, nbytes) of the extent's pieces against a buffer at `address`."""
-        segments = []
-        for index, offset, nbytes in extent.pieces:
-            segments.append((self._fds[index], offset, address, nbytes))
-            address += nbytes
+    def io_segments(
+        self, extent: Extent, address: int, begin: int = 0, nbytes: int | None = None
+    ) -> list[io.Segment]:
+        """(fd, offset, address, nbytes, checksums) of the extent's pieces against a buffer at
+        `address`; of `nbytes` from `begin` of the plane, which must be whole blocks.
+        """
+        end = extent.nbytes if nbytes is None else begin + nbytes
+        segments: list[io.Segment] = []
+        start = 0
+        for fd, offset, piece, checksums in self.segments(extent):
+            first, last = max(begin, start), min(end, start + piece)
+            if first < last:
+                skip = first - start
+                entry = checksums + 4 * (skip // self.checksum_nbytes) if checksums else 0
+                segments.append((fd, offset + skip, address + first - begin, last - first, entry))
+            start += piece
         return segments
 
     def error(self, code: int, action: str, fd: int, offset: int, chunk: str) -> StorageError:

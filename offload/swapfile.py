@@ -120,6 +120,35 @@ def open_swap(folder: Path, nbytes: int, header: bytes | None, *, used_nbytes: i
     return fd
 
 
+def create(folder: Path, header: bytes) -> int:
+    """A new swap file that holds its header, and grows as it is written."""
+    path, fd = folder / SWAP_NAME, -1
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = _open_direct(path, flags)
+        _write_page(fd, header)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise _creation_error(error, path, ALIGN_NBYTES) from error
+    return fd
+
+
+def open_to_read(folder: Path, header: bytes) -> int:
+    """A swap file that begins with `header`, for reading alone."""
+    path = folder / SWAP_NAME
+    try:
+        fd = _open_direct(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise StorageError(error.errno or errno.EIO, "opening", path=str(path)) from error
+    try:
+        _check_old(fd, path, header, ALIGN_NBYTES)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def _page() -> mmap.mmap:
     return mmap.mmap(-1, ALIGN_NBYTES)  # aligned, as direct I/O wants it
 

@@ -19,10 +19,10 @@ from offload.engine import Engine
 from offload.formats import FORMATS
 from offload.io import choose_backend
 from offload.landing import Gradients
+from offload.opening import make_store
 from offload.plan import Plan, make_plan
 from offload.policy import OffloadPolicy, load_policy
 from offload.slots import Slab
-from offload.store import ChunkStore
 from offload.timeline import Timeline
 from offload.transfer import Device, HostDevice
 from offload.update import AdamWOp, pack_ops
@@ -133,7 +133,7 @@ def make_rig(
         plan,
         chunks,
         slab=slab,
-        store=ChunkStore(nvme.paths) if nvme else None,
+        store=make_store(plan, nvme.paths, slab) if nvme else None,
         backend=choose_backend(nvme.io)[0] if nvme else "threads",
         device=device,
         timeline=Timeline(10_000),

@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -290,7 +291,8 @@ def test_a_bad_block_spares_the_other_transfers(make_rig: MakeRig) -> None:
     rig.write()
     rig.corrupt(5 * rig.checksum_nbytes + 9, ~rig.block(5)[9:10])
     for tag in range(9):
-        rig.queue.submit(OP_READ, tag, 0, [rig.segment(OP_READ, tag, tag + 1)])  # type: ignore[list-item]
+        segment: Any = rig.segment(OP_READ, tag, tag + 1)
+        rig.queue.submit(OP_READ, tag, 0, [segment])
     results: dict[int, tuple[int, int, int]] = {}
     while len(results) < 9:
         results |= {tag: tuple(row) for tag, *row, _ in rig.queue.wait(60.0)}

@@ -253,3 +253,98 @@ def test_durability_needs_a_drive(tmp_path: Path) -> None:
     policy["tiers"]["nvme"] = None
     with pytest.raises(offload.PolicyError, match="durability: 'step' needs a drive"):
         offload.load_policy(policy)
+
+
+# Checkpoints
+
+
+def continue_from(entry: ZooModel, policy: dict[str, Any], folder: Path) -> dict[str, str]:
+    torch.manual_seed(77)
+    with start(entry, policy, str(folder)) as engine:
+        assert engine.recovered.step == engine.run.num_steps
+        train(engine, entry, until=NUM_STEPS)
+        return record_of(engine)
+
+
+@pytest.mark.parametrize("source", ["nvme", "mixed", "ram"])
+@pytest.mark.parametrize("durability", ["off", "step"])
+def test_a_checkpoint_restores_to_any_placement(
+    nvme_dir: Path, source: str, durability: str
+) -> None:
+    """Taken while training goes on; restored to three NVMe paths, to RAM, to half of each."""
+    entry = ZOO["gpt2"]
+    want = undisturbed(entry, nvme_dir / "plain")
+    policy = policy_of(nvme_dir / "run", entry, source, durability=durability)
+    if source == "ram" and durability == "off":
+        policy["tiers"]["nvme"] = None
+    saved = nvme_dir / "saved"
+    with small_units(1024):
+        torch.manual_seed(5)
+        with start(entry, policy) as engine:
+            train(engine, entry, until=3)
+            copy = engine.checkpoint(saved, wait=False, rate_nbytes=2 << 20)
+            train(engine, entry, until=NUM_STEPS)
+            assert record_of(engine) == want
+            assert copy.wait() == saved
+        manifest = read_manifest(saved)
+        assert (manifest.kind, manifest.step) == ("checkpoint", 3)
+        for index, placement in enumerate(["nvme", "mixed", "ram"]):
+            other = policy_of(nvme_dir / f"other{index}", entry, placement, durability="off")
+            if placement == "nvme":
+                paths = [nvme_dir / f"drive{i}" for i in range(3)]
+                other["tiers"]["nvme"]["paths"] = [str(path) for path in paths]
+            assert continue_from(entry, other, saved) == want
+
+
+def test_a_checkpoint_with_a_wrong_byte_is_refused(nvme_dir: Path) -> None:
+    entry, saved = ZOO["llama"], nvme_dir / "saved"
+    with small_units(1024):
+        with start(entry, policy_of(nvme_dir / "run", entry, "nvme")) as engine:
+            train(engine, entry, until=1)
+            engine.checkpoint(saved)
+        place = read_manifest(saved).chunks[1].planes["exp_avg"].extents[0][0][1] + 5000
+        with open(saved / SWAP_NAME, "r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 4]))
+        with pytest.raises(offload.StorageError, match=r"EBADMSG") as caught:
+            start(entry, make_policy(nvme_dir / "other"), str(saved))
+    assert caught.value.chunk and caught.value.offset <= place < caught.value.offset + (64 << 10)
+    assert list((nvme_dir / "other").iterdir()) == []
+
+
+def test_a_folder_with_something_in_it_is_no_place_for_a_checkpoint(nvme_dir: Path) -> None:
+    entry = ZOO["llama"]
+    with small_units(1024), start(entry, policy_of(nvme_dir / "run", entry, "nvme")) as engine:
+        train(engine, entry, until=1)
+        engine.checkpoint(nvme_dir / "saved")
+        before = (nvme_dir / "saved" / SWAP_NAME).read_bytes()
+        with pytest.raises(offload.StateError, match="holds a committed run"):
+            engine.checkpoint(nvme_dir / "saved")
+        assert (nvme_dir / "saved" / SWAP_NAME).read_bytes() == before
+        train(engine, entry, until=2)
+
+
+def test_a_flipped_bit_of_a_run_is_named_and_never_used(nvme_dir: Path) -> None:
+    entry, folder = ZOO["llama"], nvme_dir / "run"
+    policy = policy_of(folder, entry, "nvme")
+    with small_units(1024):
+        with start(entry, policy) as engine:
+            train(engine, entry, until=1)
+        record = read_manifest(folder).chunks[1]
+        plane = record.planes["weight"]
+        place = plane.extents[plane.committed][0][1] + 777
+        with open(folder / SWAP_NAME, "r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 1]))
+        with (
+            pytest.raises(offload.StorageError, match="EBADMSG") as caught,
+            start(entry, policy, "resume") as engine,
+        ):
+            train(engine, entry, until=2)
+    assert caught.value.chunk == record.name
+    assert caught.value.offset <= place < caught.value.offset + (64 << 10)
+    assert caught.value.path == str(folder / SWAP_NAME)

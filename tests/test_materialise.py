@@ -17,6 +17,7 @@ import offload
 from offload import materialise
 from offload.engine import Engine
 from offload.errors import OffloadError, StateError, StorageError
+from offload.inflight import InFlight
 from offload.io import WRITE
 from offload.transfer import StandinDevice
 
@@ -109,14 +110,16 @@ class Deliberate(Exception):
 
 
 def failing_write(number: int, error: str) -> Callable[..., None]:
-    """An Engine.start_plane whose number-th write fails: as the drive's error, or from outside."""
-    start_plane, counts = Engine.start_plane, []
+    """An InFlight.start_plane whose number-th write fails: as the drive's error, or from
+    outside.
+    """
+    start_plane, counts = InFlight.start_plane, []
 
     def start(
-        self: Engine, op: int, extent: Any, address: int, chunk: Any, finish: Any, *rest: Any
+        self: InFlight, op: int, extent: Any, address: int, chunk: Any, finish: Any, *rest: Any
     ) -> None:
         def broken(result: int, fd: int, offset: int) -> None:
-            finish(-5, self.store.segments(extent)[0][0], 4096)
+            finish(-5, self._store.segments(extent)[0][0], 4096)
 
         counts.append(op == WRITE)
         fails = op == WRITE and sum(counts) == number
@@ -143,7 +146,7 @@ def test_a_failed_move_loses_no_weight(
     model = LLAMA.make_model()
     want = {name: bits(p) for name, p in model.named_parameters()}
     policy = policy_of(nvme_dir, placement)
-    monkeypatch.setattr(Engine, "start_plane", failing_write(number, error))
+    monkeypatch.setattr(InFlight, "start_plane", failing_write(number, error))
     with pytest.raises(RAISED[error]):
         offload.offload(model, policy)
     monkeypatch.undo()

@@ -99,7 +99,7 @@ def test_only_the_cpu_budget_is_required() -> None:
     }
     nvme = load_policy(nested("tiers.nvme.paths", ["/mnt/a"])).tiers.nvme
     assert nvme is not None
-    assert (nvme.budget, nvme.io, nvme.checksum) == (None, "auto", False)
+    assert (nvme.budget, nvme.io, nvme.checksum) == (None, "auto", True)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,6 @@ def test_a_bad_value_is_named_with_its_path_and_what_is_accepted(path: str, valu
 @pytest.mark.parametrize(
     ("path", "value", "available"),
     [
-        ("tiers.nvme.checksum", True, "false"),
         ("state.format", "bf16", "exact"),
         ("state.format", "int8", "fp32"),
         ("activations.policy", "offload", "recompute"),

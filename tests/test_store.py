@@ -93,8 +93,10 @@ def test_segments_agree(nvme_dir: Path) -> None:
     extent = files.allocate(100 * KIB)
     files.open(None)
     rows = files.io_segments(extent, 1 << 30)
-    assert [(fd, offset, nbytes) for fd, offset, _, nbytes in rows] == files.segments(extent)
-    starts = [address - (1 << 30) for _, _, address, _ in rows]
+    assert [(fd, offset, nbytes, sums) for fd, offset, _, nbytes, sums in rows] == files.segments(
+        extent
+    )
+    starts = [address - (1 << 30) for _, _, address, *_ in rows]
     assert starts == [sum(row[3] for row in rows[:index]) for index in range(len(rows))]
     files.close()
 
