@@ -6,7 +6,6 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -118,8 +117,11 @@ class Rig:
     def nbytes(self) -> int:
         return self.source.size
 
+    def submit(self, op: int, tag: int, segments: list[tuple[int, ...]]) -> None:
+        self.queue.submit(op, tag, 0, segments)  # type: ignore[arg-type]
+
     def run(self, op: int, segments: list[tuple[int, ...]]) -> tuple[int, int, int]:
-        self.queue.submit(op, 1, 0, segments)  # type: ignore[arg-type]
+        self.submit(op, 1, segments)
         ((_, *row, _),) = self.queue.wait(60.0)
         return tuple(row)
 
@@ -291,8 +293,7 @@ def test_a_bad_block_spares_the_other_transfers(make_rig: MakeRig) -> None:
     rig.write()
     rig.corrupt(5 * rig.checksum_nbytes + 9, ~rig.block(5)[9:10])
     for tag in range(9):
-        segment: Any = rig.segment(OP_READ, tag, tag + 1)
-        rig.queue.submit(OP_READ, tag, 0, [segment])
+        rig.submit(OP_READ, tag, [rig.segment(OP_READ, tag, tag + 1)])
     results: dict[int, tuple[int, int, int]] = {}
     while len(results) < 9:
         results |= {tag: tuple(row) for tag, *row, _ in rig.queue.wait(60.0)}
