@@ -14,6 +14,21 @@
 
 namespace offload {
 
+bool parse_backend(const char* name, Backend* backend) {
+  const std::string text(name);
+  if (text == "uring") {
+    *backend = Backend::kUring;
+  } else if (text == "threads") {
+    *backend = Backend::kThreads;
+  } else if (text == "faults") {
+    *backend = Backend::kFaults;
+  } else {
+    PyErr_Format(PyExc_ValueError, "backend must be 'uring' or 'threads', not '%s'", name);
+    return false;
+  }
+  return true;
+}
+
 namespace {
 
 using Completions = std::vector<IoCompletion>;
@@ -25,16 +40,6 @@ struct IoQueueObject {
 };
 
 IoQueue& queue_of(PyObject* self) { return *reinterpret_cast<IoQueueObject*>(self)->queue; }
-
-bool parse_backend(const char* name, Backend* backend) {
-  const std::string text(name);
-  if (text != "uring" && text != "threads") {
-    PyErr_Format(PyExc_ValueError, "backend must be 'uring' or 'threads', not '%s'", name);
-    return false;
-  }
-  *backend = text == "uring" ? Backend::kUring : Backend::kThreads;
-  return true;
-}
 
 bool check_range(const char* name, long long value, long long least, long long most) {
   if (value < least || value > most) {
@@ -308,7 +313,7 @@ int execute(PyObject* module) {
       PyModule_AddIntConstant(module, "OP_WRITE", kOpWrite) < 0) {
     return -1;
   }
-  return offload_add_update(module);
+  return offload_add_faults(module) < 0 ? -1 : offload_add_update(module);
 }
 
 PyModuleDef_Slot module_slots[] = {

@@ -6,10 +6,17 @@
 
 #include <cstdint>
 
-// Adds the update pipeline and the kernels to the module; -1 with a Python error set on failure.
+#include "io_queue.h"
+
+// Add the update pipeline with the kernels, and the fault plan, to the module; -1 with a Python
+// error set on failure.
 int offload_add_update(PyObject* module);
+int offload_add_faults(PyObject* module);
 
 namespace offload {
+
+// False with ValueError set where there is no backend of this name.
+bool parse_backend(const char* name, Backend* backend);
 
 // Owns one reference.
 class PyRef {

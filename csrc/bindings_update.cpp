@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
@@ -120,9 +119,7 @@ bool parse_config(PyObject* args, PyObject* kwargs, UpdateConfig* config) {
                                    &isa, convert_u64, &config->checksum_nbytes)) {
     return false;
   }
-  const bool is_uring = std::strcmp(backend, "uring") == 0;
-  if (!check(is_uring || std::strcmp(backend, "threads") == 0,
-             "backend must be 'uring' or 'threads'") ||
+  if (!parse_backend(backend, &config->backend) ||
       !check(depth >= 1 && depth <= kDepthMax, "depth is out of range") ||
       !check(block_nbytes >= kPageNbytes && block_nbytes <= kBlockNbytesMax &&
                  block_nbytes % kPageNbytes == 0,
@@ -140,7 +137,6 @@ bool parse_config(PyObject* args, PyObject* kwargs, UpdateConfig* config) {
              "the buffer is smaller than update_buffer_nbytes(num_tiles, tile_numel)")) {
     return false;
   }
-  config->backend = is_uring ? Backend::kUring : Backend::kThreads;
   config->depth = static_cast<unsigned>(depth);
   config->block_nbytes = block_nbytes;
   config->num_tiles = static_cast<unsigned>(num_tiles);

@@ -11,6 +11,8 @@
 
 #include "check.h"
 #include "crc32c.h"
+#include "fault_ops.h"
+#include "file_ops.h"
 
 namespace offload {
 
@@ -60,10 +62,13 @@ std::unique_ptr<IoQueue> IoQueue::create(Backend backend, unsigned depth, size_t
   CHECK(block_nbytes % kPageNbytes == 0);
   CHECK(checksum_nbytes % kPageNbytes == 0 && checksum_nbytes <= kChecksumNbytesMax);
   CHECK(backend == Backend::kUring || (num_threads >= 1 && num_threads <= kThreadsMax));
+  const bool has_faults = backend == Backend::kFaults;
+  FileOps& files = has_faults ? fault_file_ops() : plain_file_ops();
   std::unique_ptr<IoQueue> queue =
       backend == Backend::kUring
           ? create_uring_queue(depth, block_nbytes, error)
-          : create_thread_queue(std::min(num_threads, depth), block_nbytes, error);
+          : create_thread_queue(std::min(num_threads, depth), block_nbytes, files,
+                                has_faults ? "faults" : "threads", error);
   if (queue) {
     queue->checksum_nbytes_ = checksum_nbytes;
   }

@@ -22,7 +22,9 @@
 
 namespace offload {
 
-enum class Backend { kUring, kThreads };
+class FileOps;
+
+enum class Backend { kUring, kThreads, kFaults };  // kFaults: kThreads with faults, for tests
 
 constexpr int kOpRead = 0;
 constexpr int kOpWrite = 1;
@@ -62,8 +64,8 @@ struct IoStats {
 class IoQueue {
  public:
   // Returns null and sets *error to an errno when the backend cannot start. block_nbytes must be
-  // a multiple of 4096. num_threads is used by kThreads only. checksum_nbytes is a multiple of
-  // 4096, or 0 where no segment has checksums.
+  // a multiple of 4096. num_threads is not used by kUring. checksum_nbytes is a multiple of 4096,
+  // or 0 where no segment has checksums.
   static std::unique_ptr<IoQueue> create(Backend backend, unsigned depth, size_t block_nbytes,
                                          unsigned num_threads, int* error,
                                          uint64_t checksum_nbytes = 0);
@@ -163,7 +165,8 @@ class IoQueue {
 
 // The backends' constructors; null and *error as for IoQueue::create.
 std::unique_ptr<IoQueue> create_uring_queue(unsigned depth, size_t block_nbytes, int* error);
-std::unique_ptr<IoQueue> create_thread_queue(unsigned num_threads, size_t block_nbytes, int* error);
+std::unique_ptr<IoQueue> create_thread_queue(unsigned num_threads, size_t block_nbytes,
+                                             FileOps& files, const char* name, int* error);
 
 // 0 when io_uring can be used here, else -errno (EPERM in many containers, ENOSYS, ENOMEM).
 int uring_probe();

@@ -5,6 +5,7 @@
 #include <system_error>
 
 #include "check.h"
+#include "file_ops.h"
 #include "io_queue.h"
 
 namespace offload {
@@ -13,18 +14,26 @@ namespace {
 
 constexpr std::chrono::milliseconds kBusyPause{1};
 
-int64_t move_once(int op, int fd, uint64_t offset, char* address, uint64_t nbytes) {
-  const ssize_t moved = op == kOpRead ? pread(fd, address, nbytes, static_cast<off_t>(offset))
-                                      : pwrite(fd, address, nbytes, static_cast<off_t>(offset));
-  return moved < 0 ? -errno : moved;
-}
+class PlainFileOps final : public FileOps {
+ public:
+  int64_t read(int fd, uint64_t offset, char* address, uint64_t nbytes) override {
+    const ssize_t moved = pread(fd, address, nbytes, static_cast<off_t>(offset));
+    return moved < 0 ? -errno : moved;
+  }
+
+  int64_t write(int fd, uint64_t offset, const char* address, uint64_t nbytes) override {
+    const ssize_t moved = pwrite(fd, address, nbytes, static_cast<off_t>(offset));
+    return moved < 0 ? -errno : moved;
+  }
+};
 
 class ThreadQueue final : public IoQueue {
  public:
-  explicit ThreadQueue(size_t block_nbytes) : IoQueue(block_nbytes) {}
+  ThreadQueue(size_t block_nbytes, FileOps& files, const char* name)
+      : IoQueue(block_nbytes), files_(files), name_(name) {}
   ~ThreadQueue() override { close(); }
 
-  const char* backend_name() const override { return "threads"; }
+  const char* backend_name() const override { return name_; }
 
   // An errno when the system refuses a thread; the ones started so far end with the object.
   int start(unsigned num_threads) {
@@ -70,7 +79,9 @@ class ThreadQueue final : public IoQueue {
     seal_block(*block);
     for (;;) {
       const int64_t result =
-          move_once(block->op, block->fd, block->offset, block->address, block->nbytes);
+          block->op == kOpRead
+              ? files_.read(block->fd, block->offset, block->address, block->nbytes)
+              : files_.write(block->fd, block->offset, block->address, block->nbytes);
       const Next next = finish_block(block, result);
       if (next == Next::kDone) {
         return;
@@ -81,15 +92,22 @@ class ThreadQueue final : public IoQueue {
     }
   }
 
+  FileOps& files_;
+  const char* const name_;
   std::condition_variable work_;
   std::vector<std::thread> threads_;
 };
 
 }  // namespace
 
+FileOps& plain_file_ops() {
+  static PlainFileOps& ops = *new PlainFileOps;  // never destroyed: threads may outlive main()
+  return ops;
+}
+
 std::unique_ptr<IoQueue> create_thread_queue(unsigned num_threads, size_t block_nbytes,
-                                             int* error) {
-  auto queue = std::make_unique<ThreadQueue>(block_nbytes);
+                                             FileOps& files, const char* name, int* error) {
+  auto queue = std::make_unique<ThreadQueue>(block_nbytes, files, name);
   *error = queue->start(num_threads);
   if (*error != 0) {
     return nullptr;

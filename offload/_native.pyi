@@ -36,7 +36,7 @@ class IoQueue:
         checksum_nbytes: int = 0,
     ) -> IoQueue: ...
     def backend(self) -> str:
-        """Return "uring" or "threads"."""
+        """Return "uring", "threads", or in tests "faults"."""
 
     def submit(
         self,
@@ -86,6 +86,25 @@ class IoQueue:
 
 def uring_probe() -> int:
     """Return 0 where io_uring can be used, else -errno (-EPERM in many containers)."""
+
+# For tests. The backend "faults" is "threads" with a FaultPlan of the whole process in between;
+# nothing else looks at it.
+
+def set_fault_plan(rules: Sequence[tuple[str, int, float]], seed: int, delay_s: float) -> None:
+    """Replace the plan and start counting anew. A rule is (kind, at, rate).
+
+    It strikes operation number `at` (from 1, over all queues), or with `at` 0 each one with
+    probability `rate`, drawn from `seed`. It counts only operations that its kind can befall:
+    latency (up to `delay_s` late), reorder (until up to three others have ended, or `delay_s`),
+    eio, eintr, eagain: all; short: those of more than a page; flip_read: reads; enospc,
+    flip_write, misplace, drop: writes. Raises ValueError for what is not a plan.
+    """
+
+def clear_fault_plan() -> None:
+    """Disturb nothing more; the counts stay."""
+
+def fault_counts() -> dict[str, int]:
+    """Return what has happened under the plan: reads, writes, and the faults of each kind."""
 
 # A plane for UpdatePipeline.submit: (address, read segments, write segments); a segment here is
 # (fd, offset, nbytes) of a piece, in the order of the plane's bytes, and the address of the piece's
