@@ -119,9 +119,11 @@ size_t IoQueue::poll(std::vector<IoCompletion>& completions) {
 size_t IoQueue::wait(double timeout_s, std::vector<IoCompletion>& completions) {
   const double sleep_s = timeout_s > 0 ? std::min(timeout_s, kWaitSecondsMax) : 0.0;
   std::unique_lock<std::mutex> lock(mutex_);
-  completed_.wait_for(lock, std::chrono::duration<double>(sleep_s),
-                      [this] { return !completions_.empty() || wake_waiter_ || joined_; });
-  wake_waiter_ = false;
+  if (sleep_s > 0) {  // a timed wait of no time still costs a timer; and it must not eat the wake
+    completed_.wait_for(lock, std::chrono::duration<double>(sleep_s),
+                        [this] { return !completions_.empty() || wake_waiter_ || joined_; });
+    wake_waiter_ = false;
+  }
   return collect(completions);
 }
 

@@ -88,7 +88,7 @@ class IoQueue {
   // called, or the queue is closed.
   size_t wait(double timeout_s, std::vector<IoCompletion>& completions);
 
-  // Makes the current, or else the next, wait() return early.
+  // Makes the current, or else the next, wait() that sleeps return early.
   void wake_waiter();
 
   IoStats stats() const;

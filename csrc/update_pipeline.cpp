@@ -76,8 +76,10 @@ size_t UpdatePipeline::poll(std::vector<UpdateCompletion>& completions) {
 size_t UpdatePipeline::wait(double timeout_s, std::vector<UpdateCompletion>& completions) {
   const double sleep_s = timeout_s > 0 ? std::min(timeout_s, kWaitSecondsMax) : 0.0;
   std::unique_lock<std::mutex> lock(mutex_);
-  completed_.wait_for(lock, std::chrono::duration<double>(sleep_s),
-                      [this] { return !completions_.empty() || joined_; });
+  if (sleep_s > 0) {  // a timed wait of no time still costs a timer
+    completed_.wait_for(lock, std::chrono::duration<double>(sleep_s),
+                        [this] { return !completions_.empty() || joined_; });
+  }
   const size_t num_completions = completions_.size();
   completions.insert(completions.end(), completions_.begin(), completions_.end());
   completions_.clear();
