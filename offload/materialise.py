@@ -56,15 +56,18 @@ def fill_chunk(engine: Engine, chunk: Chunk, source: WeightSource) -> None:
     """
     planes, staged = _stage(engine, chunk)
     weight, residue = planes[Plane.WEIGHT], planes.get(Plane.RESIDUE)
-    for plane in planes.values():
-        plane.zero_()
-    for param in chunk.spec.params:
-        master = torch.empty(param.shape, dtype=torch.float32)
-        source(param, master)
-        _store(param, master.view(-1), weight, residue)
-    for slot, which in staged:
-        engine.move_plane(io.WRITE, chunk, which, slot.region.address)
-        slot.pool.release(slot)
+    try:
+        for plane in planes.values():
+            plane.zero_()
+        for param in chunk.spec.params:
+            master = torch.empty(param.shape, dtype=torch.float32)
+            source(param, master)
+            _store(param, master.view(-1), weight, residue)
+        for slot, which in staged:
+            engine.move_plane(io.WRITE, chunk, which, slot.region.address)
+    finally:
+        for slot, _ in staged:
+            slot.pool.release(slot)
     chunk.unsaved.update(chunk.pinned)
     chunk.filled = True
 

@@ -113,6 +113,21 @@ class PlaneReader:
             piece = flat[spec.offset : spec.offset + spec.numel].view(spec.shape)
             param.data = piece.to(dtypes[id(param)], copy=True)
 
+    def hide(self) -> None:
+        """Show placeholders in every chunk whose parameters still point at memory of the engine.
+
+        That memory goes with the engine, and reads as zeros then: a model without its weights would
+        compute with wrong numbers. See [Note: small chunk] for what stays bound until the end.
+        """
+        slab = self._engine.slab
+        for chunk in self._engine.chunks:
+            own = [(slab.address, slab.nbytes)]
+            if chunk.gpu_slot is not None:
+                own.append((chunk.gpu_slot.tensor.data_ptr(), chunk.gpu_slot.tensor.nbytes))
+            addresses = [param.data_ptr() for param in chunk.params]
+            if any(begin <= a < begin + nbytes for a in addresses for begin, nbytes in own):
+                chunk.unbind()
+
     # ---- out and back ----
 
     @contextlib.contextmanager

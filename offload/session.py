@@ -486,6 +486,7 @@ class Session:
         if self._attachment is not None:
             self._attachment.undo()
         is_durable = self.run.end()
+        self._planes.hide()
         self._engine.close(keep=is_durable and not discard)
         if self._calm is not None:
             self._calm.close()

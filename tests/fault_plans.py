@@ -5,8 +5,7 @@ from contextlib import contextmanager
 
 from chaos import patched
 
-import offload
-from offload import _native
+from offload import _native, session
 
 DELAYS = ("latency", "reorder")
 TRANSIENT = ("short", "eintr", "eagain")
@@ -51,5 +50,5 @@ def fault_backend() -> Iterator[None]:
     def choose(requested: str) -> tuple[str, str]:
         return "faults", "the test wants it"
 
-    with patched(offload.session, choose_backend=choose):
+    with patched(session, choose_backend=choose):
         yield

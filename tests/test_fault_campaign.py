@@ -1,0 +1,142 @@
+"""A training run with one fault in it, for every place and every kind: it ends with the right bits
+or with one clear error, never with neither.
+"""
+
+import errno
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fault_campaign import (
+    MODEL,
+    MODES,
+    RECIPE,
+    Campaign,
+    Hang,
+    Row,
+    bounded,
+    campaign,
+    checksums_exist,
+    table,
+)
+from fault_plans import DELAYS, ERRORS, LIES, TRANSIENT, at, num_injected, rate
+from parity import assert_same, run_plain, without_grads
+
+import offload
+from offload import _native
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+STRIDE = 71  # operations; a run has a few hundred
+QUICK = [  # the slow variant has every kind in every mode
+    *zip(TRANSIENT + DELAYS, ("eager", "deferred", "eager", "deferred", "eager"), strict=True),
+    *itertools.product(ERRORS, MODES),
+]
+Judge = Callable[[offload.StorageError | None], None]
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[list[tuple[str, Row]]]:
+    """Gathers the counts of this module's campaigns, and prints them at its end."""
+    found: list[tuple[str, Row]] = []
+    yield found
+    print("\n" + table(found))
+
+
+def survives(error: offload.StorageError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def is_refused(kind: str) -> Judge:
+    def judge(error: offload.StorageError | None) -> None:
+        assert error is not None, f"{kind} was swallowed"
+        assert error.errno == getattr(errno, kind.upper())
+
+    return judge
+
+
+def judge_of(kind: str) -> Judge:
+    return is_refused(kind) if kind in ERRORS else survives
+
+
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+@every_mode
+def test_the_undisturbed_run_is_right(mode: str, nvme_dir: Path) -> None:
+    runs = Campaign(nvme_dir, mode)
+    assert runs.strike([]) is None
+    assert _native.fault_counts()["writes"] > 100 and num_injected() == 0
+    assert_same(runs.reference.record, run_plain(MODEL, RECIPE, "exact").record, only=without_grads)
+
+
+@pytest.mark.parametrize(("kind", "mode"), QUICK)
+def test_one_fault(kind: str, mode: str, nvme_dir: Path, rows: list[tuple[str, Row]]) -> None:
+    row = campaign(Campaign(nvme_dir, mode), kind, stride=STRIDE, judge=judge_of(kind))
+    assert row.injected > 1
+    rows.append((mode, row))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@every_mode
+@pytest.mark.parametrize("kind", TRANSIENT + DELAYS + ERRORS)
+def test_every_operation(kind: str, mode: str, nvme_dir: Path, rows: list[tuple[str, Row]]) -> None:
+    row = campaign(Campaign(nvme_dir, mode), kind, stride=1, judge=judge_of(kind))
+    assert row.injected > 100
+    rows.append((mode, row))
+
+
+@every_mode
+@pytest.mark.parametrize("seed", range(2))
+def test_many_faults_at_once(seed: int, mode: str, nvme_dir: Path) -> None:
+    """Everything that can be overcome, all the time."""
+    rules = rate(0.1, *TRANSIENT, *DELAYS)
+    assert Campaign(nvme_dir, mode).strike(rules, seed=seed) is None
+    assert num_injected() > 50
+
+
+@every_mode
+@pytest.mark.parametrize("kind", ERRORS)
+def test_a_broken_drive(kind: str, mode: str, nvme_dir: Path) -> None:
+    """Errors without end still make one error; and when the drive is well again, so is a run."""
+    runs = Campaign(nvme_dir, mode)
+    is_refused(kind)(runs.strike(rate(0.02, kind), seed=1))
+    is_refused(kind)(runs.strike(rate(1.0, kind)))
+    assert runs.strike([]) is None
+
+
+@every_mode
+@pytest.mark.parametrize("kind", LIES)
+def test_corruption_is_found(
+    kind: str, mode: str, nvme_dir: Path, rows: list[tuple[str, Row]]
+) -> None:
+    """A lie that is read is an error; one that nobody reads changes nothing."""
+    if not checksums_exist(nvme_dir):
+        pytest.skip("the policy has no tiers.nvme.checksum: true yet")
+    runs = Campaign(nvme_dir, mode, checksum=True)
+    row = campaign(runs, kind, stride=STRIDE // 5, judge=lambda error: None)
+    assert row.refused > 0
+    rows.append((mode, row))
+
+
+# The campaign sees what it should
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_without_checksums_lies_show_as_wrong_bits(kind: str, nvme_dir: Path) -> None:
+    """The comparison finds a silent error wherever somebody reads what is wrong."""
+    runs, num_found = Campaign(nvme_dir, "deferred"), 0
+    for number in range(10, 100, 30):
+        try:
+            runs.strike(at(kind, number))
+        except (AssertionError, offload.NumericsError):
+            num_found += 1
+    assert num_found > 0
+
+
+def test_a_hang_ends() -> None:
+    with pytest.raises(Hang), bounded(0.01):
+        while True:
+            pass
