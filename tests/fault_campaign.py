@@ -56,7 +56,7 @@ def bounded(seconds: float) -> Iterator[None]:
     timer = threading.Timer(seconds, lambda: signal.pthread_kill(main or 0, signal.SIGUSR1))
     timer.daemon = True
     timer.start()
-    faulthandler.dump_traceback_later(2 * seconds, exit=True)
+    faulthandler.dump_traceback_later(seconds + RUN_SECONDS_MAX, exit=True)
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from fault_campaign import (
     checksums_exist,
     table,
 )
-from fault_plans import DELAYS, ERRORS, LIES, TRANSIENT, at, num_injected, rate
+from fault_plans import DELAYS, ERRORS, LIES, TRANSIENT, num_injected, rate
 from parity import assert_same, run_plain, without_grads
 
 import offload
@@ -28,7 +28,7 @@ from offload import _native
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 STRIDE = 71  # operations; a run has a few hundred
-QUICK = [  # the slow variant has every kind in every mode
+CASES = [
     *zip(TRANSIENT + DELAYS, ("eager", "deferred", "eager", "deferred", "eager"), strict=True),
     *itertools.product(ERRORS, MODES),
 ]
@@ -71,7 +71,7 @@ def test_the_undisturbed_run_is_right(mode: str, nvme_dir: Path) -> None:
     assert_same(runs.reference.record, run_plain(MODEL, RECIPE, "exact").record, only=without_grads)
 
 
-@pytest.mark.parametrize(("kind", "mode"), QUICK)
+@pytest.mark.parametrize(("kind", "mode"), CASES)
 def test_one_fault(kind: str, mode: str, nvme_dir: Path, rows: list[tuple[str, Row]]) -> None:
     row = campaign(Campaign(nvme_dir, mode), kind, stride=STRIDE, judge=judge_of(kind))
     assert row.injected > 1
@@ -80,8 +80,7 @@ def test_one_fault(kind: str, mode: str, nvme_dir: Path, rows: list[tuple[str, R
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@every_mode
-@pytest.mark.parametrize("kind", TRANSIENT + DELAYS + ERRORS)
+@pytest.mark.parametrize(("kind", "mode"), CASES)
 def test_every_operation(kind: str, mode: str, nvme_dir: Path, rows: list[tuple[str, Row]]) -> None:
     row = campaign(Campaign(nvme_dir, mode), kind, stride=1, judge=judge_of(kind))
     assert row.injected > 100
@@ -126,14 +125,9 @@ def test_corruption_is_found(
 
 @pytest.mark.parametrize("kind", LIES)
 def test_without_checksums_lies_show_as_wrong_bits(kind: str, nvme_dir: Path) -> None:
-    """The comparison finds a silent error wherever somebody reads what is wrong."""
-    runs, num_found = Campaign(nvme_dir, "deferred"), 0
-    for number in range(10, 100, 30):
-        try:
-            runs.strike(at(kind, number))
-        except (AssertionError, offload.NumericsError):
-            num_found += 1
-    assert num_found > 0
+    """The comparison finds a silent error, here one of so many that some must matter."""
+    with pytest.raises((AssertionError, offload.NumericsError), match="differ|NaN|Inf"):
+        Campaign(nvme_dir, "deferred").strike(rate(0.2, kind), seed=1)
 
 
 def test_a_hang_ends() -> None:
