@@ -135,9 +135,9 @@ class CheckpointFile:
         if self._clones:
             self._clones = False
             try:
-                os.posix_fallocate(self._fd, 0, self.nbytes)
+                swapfile.fallocate(self._fd, self.nbytes)
             except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
                     raise self._error(error, "preallocating") from error
 
     def _read(self, fd: int, offset: int, nbytes: int) -> None:

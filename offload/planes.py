@@ -112,6 +112,7 @@ class PlaneReader:
         for param, spec in zip(chunk.params, chunk.spec.params, strict=True):
             piece = flat[spec.offset : spec.offset + spec.numel].view(spec.shape)
             param.data = piece.to(dtypes[id(param)], copy=True)
+        chunk.filled = False
 
     def hide(self) -> None:
         """Show placeholders in every chunk whose parameters still point at memory of the engine.

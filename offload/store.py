@@ -274,14 +274,16 @@ class ChunkStore:
                 ) from error
 
     def close(self, *, keep: bool = False) -> None:
-        """Give the locks back; remove the swap files, or keep a committed run. Idempotent."""
+        """Give the locks back; remove the swap files, or keep a committed run. Idempotent; raises
+        for no drive: one that is gone removes nothing, and what is open still closes.
+        """
         for fd, path in zip(self._fds, self.paths, strict=False):
-            os.close(fd)
+            swapfile.close(fd)
             if not keep:
-                (path / SWAP_NAME).unlink(missing_ok=True)
                 swapfile.remove_run_files(path)
+                swapfile.remove(path / SWAP_NAME)
         self._fds.clear()
         for lock, path in zip(self._locks, self.paths, strict=False):
-            (path / LOCK_NAME).unlink(missing_ok=True)
-            os.close(lock)
+            swapfile.remove(path / LOCK_NAME)
+            swapfile.close(lock)
         self._locks.clear()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -60,8 +62,9 @@ def lock(path: Path) -> int:
     if not _is_same_file(fd, path / LOCK_NAME):  # its last holder removed it meanwhile
         os.close(fd)
         return lock(path)
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # only a message needs it; a full drive is refused below
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
 
 
@@ -86,8 +89,8 @@ def remove_run_files(path: Path) -> None:
     without it the rest is of no run.
     """
     for name in (MANIFEST_NAME, MEMBER_NAME, *CHECKSUM_NAMES):
-        (path / name).unlink(missing_ok=True)
-        (path / f"{name}.new").unlink(missing_ok=True)
+        remove(path / name)
+        remove(path / f"{name}.new")
 
 
 def open_swap(folder: Path, nbytes: int, header: bytes | None, *, used_nbytes: int) -> int:
@@ -197,12 +200,37 @@ def _open_direct(path: Path, flags: int) -> int:
 
 def _preallocate(fd: int, path: Path, nbytes: int) -> None:
     try:
-        os.posix_fallocate(fd, 0, nbytes)
+        fallocate(fd, nbytes)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         logger.warning("%s: this file system cannot preallocate, so a full disk shows late", path)
         os.ftruncate(fd, nbytes)
+
+
+def fallocate(fd: int, nbytes: int) -> None:
+    """The system call. posix_fallocate stands in for a file system that lacks it by writing a byte
+    to every block, which direct I/O refuses with an EINVAL that says nothing.
+    """
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if call(fd, 0, 0, nbytes) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def close(fd: int) -> None:
+    """Close a file on a drive that may be gone."""
+    with contextlib.suppress(OSError):  # it reports what was written, and closes all the same
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Remove a file where its drive still lets go of it; say so where it does not."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s stays behind: %s. Remove it when its drive is back.", path, error)
 
 
 def _creation_error(error: OSError, path: Path, nbytes: int) -> StorageError:

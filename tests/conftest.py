@@ -14,6 +14,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # zoo, parity and twins are modules beside the tests
+from leaks import native_threads, open_files  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -71,23 +72,6 @@ def tiny_units() -> Iterator[None]:
 
     with parity.small_units(1024):
         yield
-
-
-def native_threads() -> set[int]:
-    """Kernel ids of this process's threads, those of the extension included; not tqdm's."""
-    monitors = {t.native_id for t in threading.enumerate() if t.name == "tqdm_monitor"}
-    return {int(name) for name in os.listdir("/proc/self/task")} - monitors
-
-
-def open_files() -> set[str]:
-    """What the file descriptors of this process point at, as descriptor:target."""
-    found = set()
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            found.add(f"{fd}:{os.readlink(f'/proc/self/fd/{fd}')}")
-        except OSError:
-            continue  # the descriptor of this very listing
-    return found
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ behind.
 import errno
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from drives import loop_drive
 from parity import Recipe, assert_same, make_policy, run_plain, train
 from refusals import refused, works
 from torch import nn
@@ -85,24 +85,8 @@ def test_tmpfs_works_with_a_warning(tmpfs_dir: Path, caplog: pytest.LogCaptureFi
 @pytest.fixture
 def small_ext4(tmp_path: Path) -> Iterator[Path]:
     """An ext4 of 6 MiB on a loop device."""
-    image, mount = tmp_path / "small.img", tmp_path / "mount"
-    mount.mkdir()
-    with image.open("wb") as file:
-        file.truncate(6 << 20)
-    made = subprocess.run(
-        ["mkfs.ext4", "-q", "-O", "^has_journal", str(image)], capture_output=True, check=False
-    )
-    mounted = made.returncode == 0 and subprocess.run(
-        ["mount", "-o", "loop", str(image), str(mount)], capture_output=True, check=False
-    )
-    if not mounted or mounted.returncode != 0:
-        pytest.skip("cannot make and mount an ext4 image here")
-    yield mount
-    for _ in range(50):  # a ring that has just closed keeps the mount busy for a moment
-        if subprocess.run(["umount", str(mount)], capture_output=True, check=False).returncode == 0:
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"{mount} stays busy")
+    with loop_drive(tmp_path / "small.img", tmp_path / "mount", nbytes=6 << 20) as mount:
+        yield mount
 
 
 @pytest.mark.root

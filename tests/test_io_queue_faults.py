@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from seccomp import CLONE, CLONE3, IO_URING_REGISTER, IO_URING_SETUP
 
 from offload import _native
 from offload._native import uring_probe
@@ -23,7 +24,8 @@ BACKENDS = [pytest.param("uring", marks=needs_uring), "threads"]
 
 def script(code: str) -> list[str]:
     """The command for a fresh interpreter that has the native module alone, without torch."""
-    prelude = f"import sys; sys.path.append({str(Path(_native.__file__).parent)!r})\n"
+    folders = [str(Path(_native.__file__).parent), str(Path(__file__).resolve().parent)]
+    prelude = f"import sys; sys.path.extend({folders!r})\n"
     return [sys.executable, "-c", prelude + textwrap.dedent(code)]
 
 
@@ -92,18 +94,9 @@ def test_pump_survives_a_busy_kernel(tmp_path: Path) -> None:
 
 
 FORBID = """
-import ctypes, errno, struct
+import errno
 from _native import IoQueue, uring_probe
-
-def forbid(number, error):
-    '''Install a seccomp filter: this system call fails, as under a container's profile.'''
-    rows = [(0x20, 0, 0, 0), (0x15, 0, 1, number)]  # load the call's number; is it this one?
-    rows += [(6, 0, 0, 0x50000 | error), (6, 0, 0, 0x7FFF0000)]  # then fail, else allow
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *row) for row in rows))
-    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", 4, ctypes.addressof(code)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl")
+from seccomp import forbid
 
 def refusal(backend):
     try:
@@ -117,7 +110,7 @@ linux_x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="x86-64 ca
 
 @linux_x86
 @pytest.mark.parametrize("error", [errno.EPERM, errno.ENOSYS, errno.ENOMEM])
-@pytest.mark.parametrize("call", [425, 427], ids=["setup", "register"])
+@pytest.mark.parametrize("call", [IO_URING_SETUP, IO_URING_REGISTER], ids=["setup", "register"])
 def test_refused_io_uring_is_an_oserror(call: int, error: int) -> None:
     code = f"""
         forbid({call}, {error})
@@ -130,8 +123,8 @@ def test_refused_io_uring_is_an_oserror(call: int, error: int) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_refused_threads_are_an_oserror(backend: str) -> None:
     code = f"""
-        forbid(435, errno.ENOSYS)
-        forbid(56, errno.EAGAIN)
+        forbid({CLONE3}, errno.ENOSYS)
+        forbid({CLONE}, errno.EAGAIN)
         print(refusal("{backend}"))
     """
     assert run_python(code, FORBID) == str(errno.EAGAIN)

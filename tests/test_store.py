@@ -215,14 +215,15 @@ def test_a_missing_folder_is_made(nvme_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("code", ["EROFS", "EACCES", "ENOSPC", "EIO"])
-@pytest.mark.parametrize("call", ["open", "posix_fallocate"])
+@pytest.mark.parametrize("call", ["open", "_fallocate"])
 def test_a_drive_that_refuses_is_named(
     call: str, code: str, nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of two drives fails: the error names it and a remedy; the first is left clean."""
     number = getattr(store.errno, code)
     good, bad = make_paths(nvme_dir, 2)
-    original = getattr(os, call)
+    owner = os if call == "open" else store
+    original = getattr(owner, call)
 
     def refuse(target: object, *args: int) -> object:
         name = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
@@ -232,14 +233,14 @@ def test_a_drive_that_refuses_is_named(
 
     files = ChunkStore([good, bad])
     files.allocate(64 * KIB)
-    monkeypatch.setattr(os, call, refuse)
+    monkeypatch.setattr(owner, call, refuse)
     with pytest.raises(StorageError) as failed:
         files.open(None)
     monkeypatch.undo()
     assert failed.value.errno == number and str(bad) in failed.value.path
     head, _, remedy = str(failed.value).partition(os.strerror(number) + ". ")
     assert code in head and remedy.endswith(".")
-    if code == "ENOSPC" and call == "posix_fallocate":
+    if code == "ENOSPC" and call == "_fallocate":
         assert f"needs {32 * KIB} bytes there and " in str(failed.value)
     assert files_of(nvme_dir) == []
     files.open(None)
@@ -249,10 +250,10 @@ def test_a_drive_that_refuses_is_named(
 def test_a_file_system_that_cannot_preallocate_is_used_with_a_warning(
     nvme_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(fd: int, offset: int, nbytes: int) -> None:
+    def refuse(fd: int, nbytes: int) -> None:
         raise OSError(store.errno.EOPNOTSUPP, "no")
 
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(store, "_fallocate", refuse)
     files = ChunkStore([nvme_dir])
     files.allocate(1 << 20)
     files.open(None)
