@@ -273,3 +273,20 @@ def test_keyboard_interrupt(nvme_dir: Path) -> None:
     assert "KeyboardInterrupt" in done.stderr, done.stderr
     assert done.returncode in (1, 130, -2)
     assert leftovers(nvme_dir) == []
+
+
+@pytest.mark.parametrize("how", ["close", "error"])
+def test_what_is_not_given_back_is_nan(how: str, nvme_dir: Path) -> None:
+    """Parameters that were bound, such as the small chunk's, must not go on reading the slab."""
+    model = LLAMA.make_model()
+    engine = offload.offload(model, make_policy(nvme_dir))
+    bound = [p for p in model.parameters() if not p.isnan().any()]
+    assert bound  # the norms stay bound for the whole run
+    if how == "close":
+        engine.close(give_back=False)
+    else:
+        failure = OSError("a transfer failed")
+        engine._engine._flight.failure = failure
+        with pytest.raises(OSError), engine:
+            raise failure
+    assert all(bool(p.isnan().all()) for p in model.parameters())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from leaks import open_files
 from parity import bits
 
 from offload import io, store
@@ -273,3 +274,29 @@ def test_an_error_knows_its_file(nvme_dir: Path) -> None:
     assert error.path == str(nvme_dir / "drive1" / SWAP_NAME)
     assert files.error(5, "reading", -1, -1, "layers.3").path == "?"
     files.close()
+
+
+def test_closing_goes_on_when_a_drive_is_gone(
+    nvme_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing can be removed from the first drive: it is said, and all locks are given back."""
+    gone, good = make_paths(nvme_dir, 2)
+    files, held = ChunkStore([gone, good]), open_files()
+    files.allocate(64 * KIB)
+    files.open(None)
+    original = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == gone:
+            raise OSError(store.errno.EIO, "gone")
+        original(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    files.close()
+    monkeypatch.undo()
+    assert open_files() == held
+    assert files_of(gone) == [LOCK_NAME, SWAP_NAME] and files_of(good) == []
+    assert [str(gone) in line for line in caplog.messages] == [True, True]
+    again = ChunkStore([gone, good])  # what stayed behind does not stand in the way
+    again.open(None)
+    again.close()
