@@ -210,12 +210,12 @@ def skipped_section(skipped: Mapping[str, str]) -> str:
     return "## Skipped\n" + "\n".join(f"- `{engine}`: {why}" for engine, why in skipped.items())
 
 
-def collect_facts(folder: Path, arguments: str) -> dict[str, str]:
+def collect_facts(folder: Path, arguments: str, script: str = "train.py") -> dict[str, str]:
     """Describe machine, file system and source; `folder` is where the swap files lie."""
     memory = psutil.virtual_memory().total
     return {
         "month": datetime.date.today().strftime("%Y-%m"),
-        "command": f"`python bench/train.py {arguments}`",
+        "command": f"`python bench/{script} {arguments}`",
         "source": source_revision(),
         "processor": f"{processor_name()}, {psutil.cpu_count()} logical cores",
         "memory": f"{memory / GIB:.1f} GiB",
