@@ -4,6 +4,12 @@
 // work to it (SINGLE_ISSUER and DEFER_TASKRUN). It sleeps in one place, io_uring_enter; a read of
 // an eventfd is always on the ring, so that a submit from another thread is just one more
 // completion to it.
+//
+// [Note: one request a block] When the kernel gets more than two entries at once, it gathers them
+// before it gives them to the drive, and merges neighbours into requests of up to several MiB. They
+// then complete together, so the next ones are gathered again, and a few large requests take turns
+// where many were meant to overlap. bench/io.py shows what that costs. So at most two entries go to
+// the kernel in one call, and each block stays a request of its own.
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -24,6 +30,7 @@ namespace offload {
 namespace {
 
 constexpr std::chrono::milliseconds kBusyPause{1};
+constexpr uint32_t kUngatheredMax = 2;       // IO_PLUG_THRESHOLD, see [Note: one request a block]
 constexpr uint64_t kWakeToken = UINT64_MAX;  // user_data of the eventfd read; others are slots
 
 // Best first: the kernel refuses what it does not know with EINVAL.
@@ -44,17 +51,17 @@ class Ring {
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
 
-  int open(unsigned num_entries);  // 0 or an errno
-  void push(const uring::SubmissionEntry& entry);
+  int open(unsigned num_entries);                  // 0 or an errno
+  void push(const uring::SubmissionEntry& entry);  // enters the kernel now and then
   void submit_and_wait() { enter(1); }  // till at least one completion is there, or nearly so
   void submit() { enter(0); }
   bool pop(uring::CompletionEntry* entry);
 
  private:
-  void enter(unsigned num_awaited);
   int setup(unsigned num_entries);
   int map();
   int probe() const;
+  void enter(uint32_t num_awaited);
   template <typename T>
   T* at(uint32_t offset) const {
     return reinterpret_cast<T*>(static_cast<char*>(rings_) + offset);
@@ -143,6 +150,9 @@ int Ring::probe() const {
 }
 
 void Ring::push(const uring::SubmissionEntry& entry) {
+  if (num_unsubmitted_ >= kUngatheredMax) {
+    enter(0);
+  }
   uint32_t* tail_shared = at<uint32_t>(params_.sq.tail);
   const uint32_t tail = *tail_shared;  // only this thread writes it
   CHECK(tail - load_acquire(at<uint32_t>(params_.sq.head)) < params_.sq_entries);
@@ -151,9 +161,10 @@ void Ring::push(const uring::SubmissionEntry& entry) {
   ++num_unsubmitted_;
 }
 
-void Ring::enter(unsigned num_awaited) {
-  const long submitted = syscall(uring::kSysEnter, fd_, num_unsubmitted_, num_awaited,
-                                 uring::kEnterGetEvents, nullptr, 0);
+void Ring::enter(uint32_t num_awaited) {
+  const uint32_t flags = num_awaited > 0 ? uring::kEnterGetEvents : 0;
+  const long submitted =
+      syscall(uring::kSysEnter, fd_, num_unsubmitted_, num_awaited, flags, nullptr, 0);
   if (submitted >= 0) {
     num_unsubmitted_ -= static_cast<uint32_t>(submitted);
     return;
@@ -269,7 +280,7 @@ class UringQueue final : public IoQueue {
 
   // Fills the free slots with what is queued.
   void issue_waiting(Ring& ring) {
-    while (!free_slots_.empty() && take_into(&slots_[free_slots_.back()])) {
+    while (!free_slots_.empty() && take_next(&slots_[free_slots_.back()])) {
       const unsigned slot = free_slots_.back();
       free_slots_.pop_back();
       const bool is_sealed = seal_block(slots_[slot]);
@@ -280,7 +291,8 @@ class UringQueue final : public IoQueue {
     }
   }
 
-  bool take_into(Block* block) {
+  // The lock is not held while a push enters the kernel.
+  bool take_next(Block* block) {
     std::lock_guard<std::mutex> lock(mutex_);
     return take_block(block);
   }
