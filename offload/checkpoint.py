@@ -168,7 +168,7 @@ class CheckpointFile:
         done = 0
         while done < nbytes:
             try:
-                done += os.pwritev(self._fd, [memoryview(self._buffer)[done:nbytes]], at + done)
+                done += os.pwrite(self._fd, memoryview(self._buffer)[done:nbytes], at + done)
             except OSError as error:
                 raise self._error(error, "writing") from error
 

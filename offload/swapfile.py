@@ -159,7 +159,7 @@ def _page() -> mmap.mmap:
 def _write_page(fd: int, content: bytes) -> None:
     with _page() as page:
         page[:] = content
-        if os.pwritev(fd, [page], 0) != len(content):
+        if os.pwrite(fd, page, 0) != len(content):
             raise OSError(errno.EIO, "short write")
 
 
