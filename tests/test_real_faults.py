@@ -39,14 +39,15 @@ class Box:
     def __init__(self, stderr: Path) -> None:
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._stderr = stderr
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "fault_box.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr.open("w"),
-            text=True,
-            env={**os.environ, **threads, "PYTHONPATH": str(HERE.parent)},
-        )
+        with stderr.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / "fault_box.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **threads, "PYTHONPATH": str(HERE.parent)},
+            )
 
     def try_out(self, paths: list[Path], healthy: Path, **request: Any) -> Answer:
         """Run one trial. Fails where the child dies, or hangs and is ended by its watchdog."""

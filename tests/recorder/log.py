@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -90,7 +92,9 @@ def snapshot(directory: Path) -> Tree:
 @functools.cache
 def build_shim() -> Path:
     """Compile shim.c with the compiler that the extension needs anyway."""
-    target = Path(tempfile.mkdtemp(prefix="offload-recorder-")) / "shim.so"
+    folder = tempfile.mkdtemp(prefix="offload-recorder-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    target = Path(folder) / "shim.so"
     command = [os.environ.get("CXX", "g++"), "-x", "c", "-O2", "-g0", "-Wall", "-Wextra", "-Werror"]
     command += ["-shared", "-fPIC", "-fvisibility=hidden", "-o", str(target), str(SHIM)]
     subprocess.run([*command, "-ldl", "-pthread"], check=True, timeout=120)
