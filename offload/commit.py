@@ -190,12 +190,15 @@ class Commits:
         write_durably(self._store.paths[0] / MANIFEST_NAME, content)
 
     def _claim_folders(self) -> None:
-        """Mark the other paths as parts of a run, and make all swap files' names durable."""
-        for index, path in enumerate(self._store.paths):
-            if index:
-                write_durably(path / MEMBER_NAME, f"{self._run} {index}\n".encode())
-            else:
-                _sync_folder(path)
+        """Mark the other paths as parts of a run, and make the names of all files durable, which a
+        flush of the files alone does not.
+        """
+        first, *others = self._store.paths
+        for index, path in enumerate(others, start=1):
+            write_durably(path / MEMBER_NAME, f"{self._run} {index}\n".encode())
+        for name in CHECKSUM_NAMES:
+            make_file(first / name)
+        _sync_folder(first)
 
     def _write_checksums(self) -> ChecksumsRecord | None:
         """The checksums of the newest extents, in the manifest's order."""
@@ -287,6 +290,14 @@ def write_durably(path: Path, content: bytes) -> None:
     except OSError as error:
         raise StorageError(error.errno or errno.EIO, "committing", path=str(path)) from error
     _sync_folder(path.parent)
+
+
+def make_file(path: Path) -> None:
+    """Have a file of this name, with what it holds if there is one. Raises StorageError."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+    except OSError as error:
+        raise StorageError(error.errno or errno.EIO, "making", path=str(path)) from error
 
 
 def write_synced(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
