@@ -209,6 +209,7 @@ def native_cases(planes: Planes, num_threads: int, isa: str) -> dict[str, Callab
     source, target = planes.addresses("source")[0][0], planes.addresses("target")[0][0]
     streams = compile_streams()
     absent = (0, 0)
+    no_scales = (absent, absent)
 
     def memcpy(begin: int, end: int) -> None:
         ctypes.memmove(target + 14 * begin, source + 14 * begin, 14 * (end - begin))
@@ -217,8 +218,8 @@ def native_cases(planes: Planes, num_threads: int, isa: str) -> dict[str, Callab
         "memcpy": memcpy,
         "streams fp32": stream_part(streams.streams_fp32, fp32),
         "streams exact": stream_part(streams.streams_exact, exact),
-        "offload fp32": kernel_part(0, [fp32[0], absent, *fp32[1:], absent], isa),
-        "offload exact": kernel_part(1, [*exact, absent], isa),
+        "offload fp32": kernel_part(0, [fp32[0], absent, *fp32[1:3], *no_scales, fp32[3]], isa),
+        "offload exact": kernel_part(1, [*exact[:4], *no_scales, exact[4]], isa),
     }
 
     def on_all_threads(part: Part) -> Callable[[], None]:
@@ -244,7 +245,7 @@ def kernel_part(code: int, rows: Sequence[tuple[int, int]], isa: str) -> Part:
 
     def part(begin: int, end: int) -> None:
         op = AdamWOp(begin=0, end=end - begin, step=10, beta1=beta1, beta2=beta2, **rest)
-        addresses = tuple(base + begin * itemsize for base, itemsize in rows)
+        addresses = (*(base + begin * itemsize for base, itemsize in rows), 0)  # no grad_lo
         _native.apply_ops(code, end - begin, addresses, pack_ops([op]), isa)
 
     return part

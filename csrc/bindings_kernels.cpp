@@ -12,14 +12,14 @@
 namespace offload {
 namespace {
 
-constexpr int kKernelAdamw = 0;
 constexpr int32_t kFlagMaximize = 1;
+constexpr int32_t kFlagNesterov = 2;
 
-// One op as Python packs it: '<qqiidddddddq'.
+// One op as Python packs it: '<qqiiddddddQq'.
 struct OpRecord {
   int64_t begin;
   int64_t end;
-  int32_t kernel;
+  int32_t rule;
   int32_t flags;
   double lr;
   double beta1;
@@ -27,7 +27,7 @@ struct OpRecord {
   double eps;
   double weight_decay;
   double grad_scale;
-  double reserved;
+  uint64_t seed;
   int64_t step;
 };
 static_assert(sizeof(OpRecord) == 88, "the record has no padding");
@@ -35,15 +35,20 @@ static_assert(sizeof(OpRecord) == 88, "the record has no padding");
 bool parse_op(const char* bytes, UpdateOp* op) {
   OpRecord record;
   std::memcpy(&record, bytes, sizeof(record));
+  if (!check(record.begin >= 0 && record.end >= 0, "an op's range must not be negative") ||
+      !check(record.rule >= 0 && record.rule < kNumRules,
+             "an op's rule must be 0 (adamw), 1 (sgd) or 2 (lion)") ||
+      !check((record.flags & ~(kFlagMaximize | kFlagNesterov)) == 0, "an op has unknown flags") ||
+      !check(record.step >= 1, "an op's step must be 1 or more")) {
+    return false;
+  }
   op->begin = static_cast<uint64_t>(record.begin);
   op->end = static_cast<uint64_t>(record.end);
-  op->scalars =
-      make_adamw_scalars({record.lr, record.beta1, record.beta2, record.eps, record.weight_decay,
-                          record.grad_scale, record.step, (record.flags & kFlagMaximize) != 0});
-  return check(record.begin >= 0 && record.end >= 0, "an op's range must not be negative") &&
-         check(record.kernel == kKernelAdamw, "an op's kernel must be 0 (adamw)") &&
-         check((record.flags & ~kFlagMaximize) == 0, "an op has unknown flags") &&
-         check(record.step >= 1, "an op's step must be 1 or more");
+  op->rule =
+      make_rule({static_cast<RuleKind>(record.rule), record.lr, record.beta1, record.beta2,
+                 record.eps, record.weight_decay, record.grad_scale, record.seed, record.step,
+                 (record.flags & kFlagMaximize) != 0, (record.flags & kFlagNesterov) != 0});
+  return true;
 }
 
 }  // namespace
@@ -74,51 +79,72 @@ const KernelSet* parse_isa(const char* isa) {
 }
 
 bool parse_format(int value, StateFormat* format) {
-  *format = value == 0 ? StateFormat::kFp32 : StateFormat::kExact;
-  return check(value == 0 || value == 1, "format must be 0 (fp32) or 1 (exact)");
+  *format = static_cast<StateFormat>(value);
+  return check(value >= 0 && value < kNumFormats,
+               "format must be 0 (fp32), 1 (exact), 2 (bf16) or 3 (int8)");
 }
 
 namespace {
 
+bool check_residue_nbytes(int residue_nbytes) {
+  return check(residue_nbytes == 1 || residue_nbytes == 2, "residue_nbytes must be 1 or 2");
+}
+
 PyObject* kernel_split_fp32(PyObject*, PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"src", "weight", "residue", "numel", "isa", nullptr};
+  static const char* names[] = {"src", "weight", "residue", "numel", "residue_nbytes",
+                                "isa", nullptr};
   uint64_t src = 0, weight = 0, residue = 0, numel = 0;
+  int residue_nbytes = 0;
   const char* isa = "auto";
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O&|s:split_fp32", const_cast<char**>(names),
-                                   convert_u64, &src, convert_u64, &weight, convert_u64, &residue,
-                                   convert_u64, &numel, &isa)) {
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O&i|s:split_fp32",
+                                   const_cast<char**>(names), convert_u64, &src, convert_u64,
+                                   &weight, convert_u64, &residue, convert_u64, &numel,
+                                   &residue_nbytes, &isa)) {
     return nullptr;
   }
   const KernelSet* kernels = parse_isa(isa);
-  if (!kernels ||
+  if (!kernels || !check_residue_nbytes(residue_nbytes) ||
       !check(numel == 0 || (src && weight && residue), "split_fp32 got the address 0")) {
     return nullptr;
   }
   {
     GilRelease released;
-    kernels->split_fp32(pointer<float>(src), pointer<uint16_t>(weight), pointer<uint16_t>(residue),
-                        numel);
+    if (residue_nbytes == 2) {
+      kernels->split_fp32(pointer<float>(src), pointer<uint16_t>(weight),
+                          pointer<uint16_t>(residue), numel);
+    } else {
+      kernels->split_fp24(pointer<float>(src), pointer<uint16_t>(weight), pointer<uint8_t>(residue),
+                          numel);
+    }
   }
   Py_RETURN_NONE;
 }
 
 PyObject* kernel_join_fp32(PyObject*, PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"weight", "residue", "dst", "numel", "isa", nullptr};
+  static const char* names[] = {"weight",         "residue", "dst",  "numel",
+                                "residue_nbytes", "isa",     nullptr};
   uint64_t weight = 0, residue = 0, dst = 0, numel = 0;
+  int residue_nbytes = 0;
   const char* isa = "auto";
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O&|s:join_fp32", const_cast<char**>(names),
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O&i|s:join_fp32", const_cast<char**>(names),
                                    convert_u64, &weight, convert_u64, &residue, convert_u64, &dst,
-                                   convert_u64, &numel, &isa)) {
+                                   convert_u64, &numel, &residue_nbytes, &isa)) {
     return nullptr;
   }
   const KernelSet* kernels = parse_isa(isa);
-  if (!kernels || !check(numel == 0 || (weight && dst), "join_fp32 got the address 0")) {
+  if (!kernels || !check_residue_nbytes(residue_nbytes) ||
+      !check(numel == 0 || (weight && dst), "join_fp32 got the address 0")) {
     return nullptr;
   }
   {
     GilRelease released;
-    kernels->join_fp32(pointer<uint16_t>(weight), pointer<uint16_t>(residue), pointer<float>(dst),
-                       numel);
+    if (residue_nbytes == 2) {
+      kernels->join_fp32(pointer<uint16_t>(weight), pointer<uint16_t>(residue), pointer<float>(dst),
+                         numel);
+    } else {
+      kernels->join_fp24(pointer<uint16_t>(weight), pointer<uint8_t>(residue), pointer<float>(dst),
+                         numel);
+    }
   }
   Py_RETURN_NONE;
 }
@@ -189,10 +215,10 @@ PyObject* kernel_apply_ops(PyObject*, PyObject* args, PyObject* kwargs) {
   unsigned long long addresses[kNumPlanes];
   PyObject* ops = nullptr;
   const char* isa = "auto";
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iO&(KKKKKK)O|s:apply_ops",
-                                   const_cast<char**>(names), &format, convert_u64, &job.numel,
-                                   &addresses[0], &addresses[1], &addresses[2], &addresses[3],
-                                   &addresses[4], &addresses[5], &ops, &isa) ||
+  if (!PyArg_ParseTupleAndKeywords(
+          args, kwargs, "iO&(KKKKKKKK)O|s:apply_ops", const_cast<char**>(names), &format,
+          convert_u64, &job.numel, &addresses[0], &addresses[1], &addresses[2], &addresses[3],
+          &addresses[4], &addresses[5], &addresses[6], &addresses[7], &ops, &isa) ||
       !parse_format(format, &job.format) || !parse_ops(ops, &job.ops)) {
     return nullptr;
   }

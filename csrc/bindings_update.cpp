@@ -94,7 +94,8 @@ bool parse_planes(PyObject* object, UpdateJob* job) {
     return false;
   }
   if (!check(PyTuple_Size(items.get()) == kNumPlanes,
-             "planes must be (weight, residue, exp_avg, exp_avg_sq, grad, grad_lo)")) {
+             "planes must be (weight, residue, exp_avg, exp_avg_sq, exp_avg_scale, "
+             "exp_avg_sq_scale, grad, grad_lo)")) {
     return false;
   }
   for (int i = 0; i < kNumPlanes; ++i) {

@@ -13,14 +13,18 @@ struct Lanes {
   float lane[kWidth];
 };
 
+struct Ints {
+  uint32_t lane[kWidth];
+};
+
 struct Sums {
   double lane[kWidth];
 };
 
 // Applies a function of one lane to all of them.
-template <typename Function>
-inline Lanes each(const Function& function) {
-  Lanes result;
+template <typename Result = Lanes, typename Function>
+inline Result each(const Function& function) {
+  Result result;
   for (int j = 0; j < kWidth; ++j) {
     result.lane[j] = function(j);
   }
@@ -77,39 +81,117 @@ inline Lanes sqrt(const Lanes& a) {
   return each([&](int j) { return std::sqrt(a.lane[j]); });
 }
 
-inline Lanes load_bf16(const uint16_t* src) {
-  return each([&](int j) { return from_bits(uint32_t{src[j]} << 16); });
+// These return b where a or b is NaN, as the instructions of x86 do.
+inline Lanes min(const Lanes& a, const Lanes& b) {
+  return each([&](int j) { return a.lane[j] < b.lane[j] ? a.lane[j] : b.lane[j]; });
 }
 
-inline void store_bf16(uint16_t* dst, const Lanes& value) {
-  for (int j = 0; j < kWidth; ++j) {
-    dst[j] = static_cast<uint16_t>(to_bits(value.lane[j]) >> 16);
-  }
+inline Lanes max(const Lanes& a, const Lanes& b) {
+  return each([&](int j) { return a.lane[j] > b.lane[j] ? a.lane[j] : b.lane[j]; });
 }
 
-inline Lanes join(const uint16_t* high, const uint16_t* low) {
+// 1 and -1 with the sign of the value, 0 for zeros and NaN.
+inline Lanes sign(const Lanes& a) {
+  return each([&](int j) { return a.lane[j] > 0.0f ? 1.0f : a.lane[j] < 0.0f ? -1.0f : 0.0f; });
+}
+
+// 0x7FC00000 where the first is NaN, else the second.
+inline Lanes nan_else(const Lanes& value, const Lanes& otherwise) {
   return each([&](int j) {
-    const int32_t residue = static_cast<int16_t>(low[j]);
-    return from_bits((uint32_t{high[j]} << 16) + static_cast<uint32_t>(residue));
+    return std::isnan(value.lane[j]) ? from_bits(0x7FC00000u) : otherwise.lane[j];
   });
 }
 
-inline void split(const Lanes& value, uint16_t* high, uint16_t* low) {
+inline Ints bits_of(const Lanes& a) {
+  return each<Ints>([&](int j) { return to_bits(a.lane[j]); });
+}
+
+inline Lanes lanes_of(const Ints& a) {
+  return each([&](int j) { return from_bits(a.lane[j]); });
+}
+
+// To nearest, ties to even; takes values that fit.
+inline Ints round_to_ints(const Lanes& a) {
+  return each<Ints>([&](int j) { return static_cast<uint32_t>(std::lrint(a.lane[j])); });
+}
+
+inline Lanes to_lanes(const Ints& a) {
+  return each([&](int j) { return static_cast<float>(static_cast<int32_t>(a.lane[j])); });
+}
+
+inline Ints ibroadcast(uint32_t value) {
+  return each<Ints>([&](int) { return value; });
+}
+
+inline Ints lane_numbers() {
+  return each<Ints>([](int j) { return static_cast<uint32_t>(j); });
+}
+
+inline Ints iadd(const Ints& a, const Ints& b) {
+  return each<Ints>([&](int j) { return a.lane[j] + b.lane[j]; });
+}
+
+inline Ints imul(const Ints& a, const Ints& b) {
+  return each<Ints>([&](int j) { return a.lane[j] * b.lane[j]; });
+}
+
+inline Ints iand(const Ints& a, const Ints& b) {
+  return each<Ints>([&](int j) { return a.lane[j] & b.lane[j]; });
+}
+
+inline Ints ixor(const Ints& a, const Ints& b) {
+  return each<Ints>([&](int j) { return a.lane[j] ^ b.lane[j]; });
+}
+
+template <int kBits>
+inline Ints shift_left(const Ints& a) {
+  return each<Ints>([&](int j) { return a.lane[j] << kBits; });
+}
+
+template <int kBits>
+inline Ints shift_right(const Ints& a) {
+  return each<Ints>([&](int j) { return a.lane[j] >> kBits; });
+}
+
+inline uint32_t largest(const Ints& a) {
+  uint32_t result = 0;
   for (int j = 0; j < kWidth; ++j) {
-    const uint32_t bits = to_bits(value.lane[j]);
-    high[j] = static_cast<uint16_t>((bits + 0x8000u) >> 16);
-    low[j] = static_cast<uint16_t>(bits);
+    result = a.lane[j] > result ? a.lane[j] : result;
+  }
+  return result;
+}
+
+inline Ints load_u16(const uint16_t* src) {
+  return each<Ints>([&](int j) { return uint32_t{src[j]}; });
+}
+
+inline Ints load_s16(const uint16_t* src) {
+  return each<Ints>([&](int j) {
+    return static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(src[j])));
+  });
+}
+
+inline Ints load_u8(const uint8_t* src) {
+  return each<Ints>([&](int j) { return uint32_t{src[j]}; });
+}
+
+inline Ints load_s8(const uint8_t* src) {
+  return each<Ints>([&](int j) {
+    return static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(src[j])));
+  });
+}
+
+// These take lanes that fit.
+inline void store_u16(uint16_t* dst, const Ints& value) {
+  for (int j = 0; j < kWidth; ++j) {
+    dst[j] = static_cast<uint16_t>(value.lane[j]);
   }
 }
 
-// To nearest, ties to even, the low half zero; any NaN becomes 0x7FC0.
-inline Lanes round_bf16(const Lanes& value) {
-  return each([&](int j) {
-    const uint32_t bits = to_bits(value.lane[j]);
-    const bool is_nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
-    return from_bits(is_nan ? 0x7FC00000u : rounded);
-  });
+inline void store_u8(uint8_t* dst, const Ints& value) {
+  for (int j = 0; j < kWidth; ++j) {
+    dst[j] = static_cast<uint8_t>(value.lane[j]);
+  }
 }
 
 inline Sums zero_sums() { return {}; }
@@ -143,16 +225,34 @@ const KernelSet* find_kernels(const char* isa) {
   return nullptr;
 }
 
-// torch computes these in double. Its compiler fuses 1 - lr * weight_decay, which shows when the
-// product is close to 1. A negative scale stands for maximize: the sign of a product is exact.
-AdamwScalars make_adamw_scalars(const AdamwHyper& hyper) {
+namespace {
+
+// The finalizer of splitmix64 (Steele, Lea, Flood 2014).
+uint64_t mix(uint64_t value) {
+  value += 0x9E3779B97F4A7C15u;
+  value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9u;
+  value = (value ^ (value >> 27)) * 0x94D049BB133111EBu;
+  return value ^ (value >> 31);
+}
+
+// torch computes the scalars in double. Its compiler fuses 1 - lr * weight_decay, which shows when
+// the product is close to 1. A negative scale stands for maximize: the sign of a product is exact.
+float grad_scale_of(const StepHyper& hyper) {
+  const float scale = static_cast<float>(hyper.grad_scale);
+  return hyper.maximize ? -scale : scale;
+}
+
+float decay_of(const StepHyper& hyper) {
+  return static_cast<float>(std::fma(-hyper.lr, hyper.weight_decay, 1.0));
+}
+
+AdamwScalars adamw_scalars(const StepHyper& hyper) {
   const double step = static_cast<double>(hyper.step);
   const double correction1 = 1.0 - std::pow(hyper.beta1, step);
   const double correction2 = 1.0 - std::pow(hyper.beta2, step);
-  const float scale = static_cast<float>(hyper.grad_scale);
   AdamwScalars scalars;
-  scalars.grad_scale = hyper.maximize ? -scale : scale;
-  scalars.decay = static_cast<float>(std::fma(-hyper.lr, hyper.weight_decay, 1.0));
+  scalars.grad_scale = grad_scale_of(hyper);
+  scalars.decay = decay_of(hyper);
   scalars.lerp_weight = static_cast<float>(1.0 - hyper.beta1);
   scalars.beta2 = static_cast<float>(hyper.beta2);
   scalars.grad_sq_weight = static_cast<float>(1.0 - hyper.beta2);
@@ -160,6 +260,41 @@ AdamwScalars make_adamw_scalars(const AdamwHyper& hyper) {
   scalars.eps = static_cast<float>(hyper.eps);
   scalars.step_size = static_cast<float>(-(hyper.lr / correction1));
   return scalars;
+}
+
+SgdScalars sgd_scalars(const StepHyper& hyper) {
+  SgdScalars scalars;
+  scalars.grad_scale = grad_scale_of(hyper);
+  scalars.weight_decay = static_cast<float>(hyper.weight_decay);
+  scalars.momentum = static_cast<float>(hyper.beta1);
+  scalars.grad_weight = static_cast<float>(1.0 - hyper.beta2);
+  scalars.negative_lr = static_cast<float>(-hyper.lr);
+  scalars.is_first = hyper.step == 1;
+  scalars.nesterov = hyper.nesterov;
+  return scalars;
+}
+
+LionScalars lion_scalars(const StepHyper& hyper) {
+  LionScalars scalars;
+  scalars.grad_scale = grad_scale_of(hyper);
+  scalars.decay = static_cast<float>(1.0 - hyper.lr * hyper.weight_decay);
+  scalars.beta1 = static_cast<float>(hyper.beta1);
+  scalars.grad_weight1 = static_cast<float>(1.0 - hyper.beta1);
+  scalars.beta2 = static_cast<float>(hyper.beta2);
+  scalars.grad_weight2 = static_cast<float>(1.0 - hyper.beta2);
+  scalars.negative_lr = static_cast<float>(-hyper.lr);
+  return scalars;
+}
+
+}  // namespace
+
+StepRule make_rule(const StepHyper& hyper) {
+  const uint64_t key = mix(mix(hyper.seed) ^ static_cast<uint64_t>(hyper.step));
+  return {hyper.kind,
+          adamw_scalars(hyper),
+          sgd_scalars(hyper),
+          lion_scalars(hyper),
+          {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)}};
 }
 
 }  // namespace offload

@@ -15,7 +15,19 @@
 // nearest, ties away from zero, and Inf where that rounds beyond bf16. Three groups of NaN lose
 // their looks, though never their bits: payloads 1..0x7FFF show as Inf, 0x7FFF8000..0x7FFFFFFF show
 // as -0.0 and 0xFFFF8000..0xFFFFFFFF show as +0.0. NaNs that arithmetic makes (0x7FC00000,
-// 0xFFC00000) show as NaN.
+// 0xFFC00000) show as NaN. int8 does the same with 24 bits: the master is rounded to bits whose low
+// byte is zero (ties away from zero), and its residue is the signed byte above that one.
+//
+// [Note: stochastic rounding] bf16 adds 16 random bits below the bf16 and cuts: a moment that grows
+// by less than half a step of bf16 still grows in the mean. The bits come from a hash of (seed,
+// step, the low 32 bits of the element's number in its chunk), see Random in
+// kernels_formats.h: they depend on no tile, thread or instruction set. exp_avg takes the low half
+// of the hash, exp_avg_sq the high one. A value that fits bf16 is never changed.
+//
+// [Note: int8 groups] 32 elements share a bf16 scale s, their largest magnitude rounded up. exp_avg
+// is the byte round(254 m / (s + |m|)), which is finer near zero (the companding of FlashOptim,
+// arXiv 2602.23349); exp_avg_sq is the unsigned byte round(255 sqrt(v) / s), and at least 1 where v
+// is not zero: as 0 it would make the next step many times too large. Zero bytes mean zero.
 #pragma once
 
 #include <cstddef>
@@ -23,21 +35,79 @@
 
 namespace offload {
 
-// Hyperparameters of one step, as torch.optim.AdamW has them.
-struct AdamwHyper {
+// What a chunk's planes are; offload/formats.py has the same in words.
+enum class StateFormat { kFp32 = 0, kExact, kBf16, kInt8 };
+constexpr int kNumFormats = 4;
+
+enum PlaneIndex {
+  kWeight = 0,
+  kResidue,
+  kExpAvg,
+  kExpAvgSq,
+  kExpAvgScale,
+  kExpAvgSqScale,
+  kGrad,
+  kGradLo,
+  kNumPlanes
+};
+
+// Elements that share one scale in int8. Parameters begin at multiples of 64 elements, so no group
+// has elements of two.
+constexpr uint64_t kGroupNumel = 32;
+
+// Bytes of one item of a plane, 0 where the format has none, and the elements that share the item.
+struct PlaneLayout {
+  unsigned item_nbytes;
+  unsigned group_numel;
+};
+
+constexpr PlaneLayout plane_layout(StateFormat format, int plane) {
+  constexpr unsigned kItemNbytes[kNumFormats][kNumPlanes] = {
+      {4, 0, 4, 4, 0, 0, 4, 0},
+      {2, 2, 4, 4, 0, 0, 2, 2},
+      {2, 2, 2, 2, 0, 0, 2, 2},
+      {2, 1, 1, 1, 2, 2, 2, 2},
+  };
+  const bool is_scale = plane == kExpAvgScale || plane == kExpAvgSqScale;
+  return {kItemNbytes[static_cast<int>(format)][plane],
+          is_scale ? static_cast<unsigned>(kGroupNumel) : 1u};
+}
+
+// Bytes of the first numel elements of a plane.
+constexpr uint64_t plane_nbytes(StateFormat format, int plane, uint64_t numel) {
+  const PlaneLayout layout = plane_layout(format, plane);
+  return (numel + layout.group_numel - 1) / layout.group_numel * layout.item_nbytes;
+}
+
+// Chunks and tiles are multiples of this many elements, so every tile of every plane begins on a 4
+// KiB boundary, as direct I/O wants it. A scale takes 2 bytes for 32 elements.
+constexpr uint64_t kTileAlignNumel = 4096;
+constexpr uint64_t tile_align_numel(StateFormat format) {
+  return format == StateFormat::kInt8 ? 16 * kTileAlignNumel : kTileAlignNumel;
+}
+
+enum class RuleKind { kAdamw = 0, kSgd, kLion };
+constexpr int kNumRules = 3;
+
+// Hyperparameters of one step, as the optimizers of torch have them. SGD takes momentum as beta1
+// and dampening as beta2.
+struct StepHyper {
+  RuleKind kind;
   double lr;
   double beta1;
   double beta2;
   double eps;
   double weight_decay;
   double grad_scale;  // multiplies the gradient, in fp32
+  uint64_t seed;      // of stochastic rounding
   int64_t step;       // 1 for the first
   bool maximize;
+  bool nesterov;
 };
 
-// The same, rounded to fp32 exactly where torch does.
+// The same, rounded to fp32 exactly where torch does. grad_scale is negative to maximize.
 struct AdamwScalars {
-  float grad_scale;   // negative to maximize
+  float grad_scale;
   float decay;        // 1 - lr * weight_decay
   float lerp_weight;  // 1 - beta1
   float beta2;
@@ -46,25 +116,35 @@ struct AdamwScalars {
   float eps;
   float step_size;  // -lr / (1 - beta1^step)
 };
-
-AdamwScalars make_adamw_scalars(const AdamwHyper& hyper);
-
-// exp_avg and the others point at the same element of their planes. residue and grad_lo belong to
-// the exact format; grad_lo may be null (zero).
-struct AdamwFp32 {
-  float* weight;
-  float* exp_avg;
-  float* exp_avg_sq;
-  const float* grad;
+struct SgdScalars {
+  float grad_scale;
+  float weight_decay;
+  float momentum;
+  float grad_weight;  // 1 - dampening
+  float negative_lr;
+  bool is_first;  // then momentum begins as the gradient
+  bool nesterov;
 };
-struct AdamwExact {
-  uint16_t* weight;
-  uint16_t* residue;
-  float* exp_avg;
-  float* exp_avg_sq;
-  const uint16_t* grad;
-  const uint16_t* grad_lo;
+struct LionScalars {
+  float grad_scale;
+  float decay;
+  float beta1;
+  float grad_weight1;  // 1 - beta1
+  float beta2;
+  float grad_weight2;  // 1 - beta2
+  float negative_lr;
 };
+
+// One step, ready to run: the scalars of its kind, and the key of [Note: stochastic rounding].
+struct StepRule {
+  RuleKind kind;
+  AdamwScalars adamw;
+  SgdScalars sgd;
+  LionScalars lion;
+  uint32_t key[2];
+};
+
+StepRule make_rule(const StepHyper& hyper);
 
 enum class GradKind { kBf16 = 0, kFp32 = 1 };
 enum class LandMode { kSet = 0, kAccumulateFp32 = 1, kAccumulateInDtype = 2 };
@@ -85,10 +165,15 @@ struct KernelSet {
   void (*split_fp32)(const float* src, uint16_t* weight, uint16_t* residue, size_t numel);
   // residue may be null (zero).
   void (*join_fp32)(const uint16_t* weight, const uint16_t* residue, float* dst, size_t numel);
-  // Follow torch.optim.AdamW(fused=True) on the CPU bit for bit (see adamw_lanes in
-  // kernels_body.h).
-  void (*adamw_fp32)(const AdamwScalars& scalars, const AdamwFp32& planes, size_t numel);
-  void (*adamw_exact)(const AdamwScalars& scalars, const AdamwExact& planes, size_t numel);
+  // The same for the 24-bit master of int8.
+  void (*split_fp24)(const float* src, uint16_t* weight, uint8_t* residue, size_t numel);
+  void (*join_fp24)(const uint16_t* weight, const uint8_t* residue, float* dst, size_t numel);
+  // One step on numel elements. planes[i] points at the first of them, null where the format or the
+  // rule has none, or where grad_lo is zero; index is its number in the chunk, in int8 a multiple
+  // of kGroupNumel. AdamW and SGD follow torch.optim's fused=True on the CPU bit for bit in fp32,
+  // and the other formats do the same arithmetic on what their planes decode to.
+  void (*update)(StateFormat format, const StepRule& rule, char* const planes[kNumPlanes],
+                 uint64_t index, size_t numel);
   // Set or accumulate src into the plane; return the sum of squares of what the plane then holds.
   // In bf16, kAccumulateFp32 needs plane.low; the other modes set it to zero if it is there.
   double (*grad_land)(const GradPlane& plane, const void* src, GradKind kind, LandMode mode,

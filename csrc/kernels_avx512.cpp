@@ -27,6 +27,7 @@ namespace offload {
 namespace {
 
 using Lanes = __m512;
+using Ints = __m512i;
 
 struct Sums {
   __m512d low, high;  // lanes 0..7 and 8..15
@@ -42,44 +43,65 @@ inline Lanes div(Lanes a, Lanes b) { return _mm512_div_ps(a, b); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 inline Lanes sqrt(Lanes a) { return _mm512_sqrt_ps(a); }
 
-inline __m256i load_u16(const uint16_t* src) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src));
+// These return b where a or b is NaN, as the portable ones do.
+inline Lanes min(Lanes a, Lanes b) { return _mm512_min_ps(a, b); }
+inline Lanes max(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }
+
+inline Ints bits_of(Lanes value) { return _mm512_castps_si512(value); }
+inline Lanes lanes_of(Ints bits) { return _mm512_castsi512_ps(bits); }
+inline Ints round_to_ints(Lanes value) { return _mm512_cvtps_epi32(value); }
+inline Lanes to_lanes(Ints value) { return _mm512_cvtepi32_ps(value); }
+inline Ints ibroadcast(uint32_t value) { return _mm512_set1_epi32(static_cast<int>(value)); }
+inline Ints iadd(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints imul(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+inline Ints iand(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+inline Ints ixor(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
+inline uint32_t largest(Ints value) { return _mm512_reduce_max_epu32(value); }
+
+inline Ints lane_numbers() {
+  return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
 
-inline void store_u16(uint16_t* dst, __m512i value) {
+template <int kBits>
+inline Ints shift_left(Ints value) {
+  return _mm512_slli_epi32(value, kBits);
+}
+
+template <int kBits>
+inline Ints shift_right(Ints value) {
+  return _mm512_srli_epi32(value, kBits);
+}
+
+inline __m256i load_256(const void* src) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(src));
+}
+inline __m128i load_128(const void* src) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(src));
+}
+inline Ints load_u16(const uint16_t* src) { return _mm512_cvtepu16_epi32(load_256(src)); }
+inline Ints load_s16(const uint16_t* src) { return _mm512_cvtepi16_epi32(load_256(src)); }
+inline Ints load_u8(const uint8_t* src) { return _mm512_cvtepu8_epi32(load_128(src)); }
+inline Ints load_s8(const uint8_t* src) { return _mm512_cvtepi8_epi32(load_128(src)); }
+
+inline void store_u16(uint16_t* dst, Ints value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm512_cvtepi32_epi16(value));
 }
 
-inline __m512i upper_half(const uint16_t* src) {
-  return _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_u16(src)), 16);
+inline void store_u8(uint8_t* dst, Ints value) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm512_cvtepi32_epi8(value));
 }
 
-inline Lanes load_bf16(const uint16_t* src) { return _mm512_castsi512_ps(upper_half(src)); }
-
-inline void store_bf16(uint16_t* dst, Lanes value) {
-  store_u16(dst, _mm512_srli_epi32(_mm512_castps_si512(value), 16));
+// 1 and -1 with the sign of the value, 0 for zeros and NaN.
+inline Lanes sign(Lanes value) {
+  const __mmask16 is_other = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+  const Ints sign_bit = iand(bits_of(value), ibroadcast(0x80000000u));
+  return lanes_of(_mm512_maskz_or_epi32(is_other, sign_bit, ibroadcast(0x3F800000u)));
 }
 
-inline Lanes join(const uint16_t* high, const uint16_t* low) {
-  const __m512i residue = _mm512_cvtepi16_epi32(load_u16(low));
-  return _mm512_castsi512_ps(_mm512_add_epi32(upper_half(high), residue));
-}
-
-inline void split(Lanes value, uint16_t* high, uint16_t* low) {
-  const __m512i bits = _mm512_castps_si512(value);
-  store_u16(high, _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x8000)), 16));
-  store_u16(low, bits);
-}
-
-// To nearest, ties to even, the low half zero; any NaN becomes 0x7FC0.
-inline Lanes round_bf16(Lanes value) {
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
-  const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
-  const __m512i rounded = _mm512_and_si512(_mm512_add_epi32(bits, bias), mask);
+// 0x7FC00000 where the first is NaN, else the second.
+inline Lanes nan_else(Lanes value, Lanes otherwise) {
   const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7FC00000)));
+  return lanes_of(_mm512_mask_mov_epi32(bits_of(otherwise), is_nan, ibroadcast(0x7FC00000u)));
 }
 
 inline Sums zero_sums() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }

@@ -1,71 +1,44 @@
 // The kernels themselves, included once per instruction set inside an anonymous namespace that
-// defines Lanes (16 floats) and Sums (16 doubles) with: load, store, broadcast, add, sub, mul, div,
-// fma, sqrt, load_bf16, join, split, round_bf16, store_bf16, zero_sums, add_squares, store_sums.
+// defines Lanes (16 floats), Ints (16 uint32_t) and Sums (16 doubles) with:
+//   load, store, broadcast, add, sub, mul, div, fma, sqrt, min, max, sign, nan_else;
+//   bits_of, lanes_of, round_to_ints, to_lanes, ibroadcast, lane_numbers, iadd, imul, iand, ixor,
+//   shift_left, shift_right, largest; load_u16, load_s16, load_u8, load_s8, store_u16, store_u8;
+//   zero_sums, add_squares, store_sums.
 
 constexpr size_t kLanes = 16;
 
-// The scalars in every lane, so that a loop keeps them in registers.
-struct AdamwLanes {
-  Lanes grad_scale, decay, lerp, beta2, grad_sq_weight, correction_sqrt, eps, step_size;
-};
+inline Lanes load_bf16(const uint16_t* src) { return lanes_of(shift_left<16>(load_u16(src))); }
 
-inline AdamwLanes broadcast_scalars(const AdamwScalars& s, bool lerp_from_grad) {
-  return {broadcast(s.grad_scale),
-          broadcast(s.decay),
-          broadcast(lerp_from_grad ? s.lerp_weight - 1.0f : s.lerp_weight),
-          broadcast(s.beta2),
-          broadcast(s.grad_sq_weight),
-          broadcast(s.correction_sqrt),
-          broadcast(s.eps),
-          broadcast(s.step_size)};
+inline void store_bf16(uint16_t* dst, Lanes value) {
+  store_u16(dst, shift_right<16>(bits_of(value)));
 }
 
-// One AdamW step on 16 elements. The shape of every line is that of torch's fused CPU kernel, and
-// so is which multiply-adds are fused: lerp and the second moment are, the update of the weight is
-// not. This was found by trying all combinations against torch 2.13 (its AVX2 and AVX-512 code
-// agree). torch adds elements beyond the last full vector of a tensor in other precision; those can
-// differ from here by one unit in the last place.
-template <bool kLerpFromGrad>
-inline void adamw_lanes(const AdamwLanes& s, Lanes grad, Lanes& weight, Lanes& exp_avg,
-                        Lanes& exp_avg_sq) {
-  grad = mul(grad, s.grad_scale);
-  weight = mul(weight, s.decay);
-  exp_avg = fma(s.lerp, sub(grad, exp_avg), kLerpFromGrad ? grad : exp_avg);
-  exp_avg_sq = fma(mul(s.grad_sq_weight, grad), grad, mul(exp_avg_sq, s.beta2));
-  const Lanes denominator = add(div(sqrt(exp_avg_sq), s.correction_sqrt), s.eps);
-  weight = add(weight, div(mul(s.step_size, exp_avg), denominator));
+inline Lanes join(const uint16_t* high, const uint16_t* low) {
+  return lanes_of(iadd(shift_left<16>(load_u16(high)), load_s16(low)));
 }
 
-template <bool kLerpFromGrad>
-inline void adamw_block(const AdamwLanes& s, const AdamwFp32& planes) {
-  Lanes weight = load(planes.weight);
-  Lanes exp_avg = load(planes.exp_avg);
-  Lanes exp_avg_sq = load(planes.exp_avg_sq);
-  adamw_lanes<kLerpFromGrad>(s, load(planes.grad), weight, exp_avg, exp_avg_sq);
-  store(planes.weight, weight);
-  store(planes.exp_avg, exp_avg);
-  store(planes.exp_avg_sq, exp_avg_sq);
+inline void split(Lanes value, uint16_t* high, uint16_t* low) {
+  const Ints bits = bits_of(value);
+  store_u16(high, shift_right<16>(iadd(bits, ibroadcast(0x8000u))));
+  store_u16(low, iand(bits, ibroadcast(0xFFFFu)));
 }
 
-template <bool kLerpFromGrad>
-inline void adamw_block(const AdamwLanes& s, const AdamwExact& planes) {
-  Lanes weight = join(planes.weight, planes.residue);
-  Lanes exp_avg = load(planes.exp_avg);
-  Lanes exp_avg_sq = load(planes.exp_avg_sq);
-  const Lanes grad = planes.grad_lo ? join(planes.grad, planes.grad_lo) : load_bf16(planes.grad);
-  adamw_lanes<kLerpFromGrad>(s, grad, weight, exp_avg, exp_avg_sq);
-  split(weight, planes.weight, planes.residue);
-  store(planes.exp_avg, exp_avg);
-  store(planes.exp_avg_sq, exp_avg_sq);
+inline Lanes join(const uint16_t* high, const uint8_t* low) {
+  return lanes_of(iadd(shift_left<16>(load_u16(high)), shift_left<8>(load_s8(low))));
 }
 
-inline AdamwFp32 advance(const AdamwFp32& p, size_t i) {
-  return {p.weight + i, p.exp_avg + i, p.exp_avg_sq + i, p.grad + i};
+inline void split(Lanes value, uint16_t* high, uint8_t* low) {
+  const Ints bits = shift_right<8>(iadd(bits_of(value), ibroadcast(0x80u)));
+  store_u16(high, iand(shift_right<8>(iadd(bits, ibroadcast(0x80u))), ibroadcast(0xFFFFu)));
+  store_u8(low, iand(bits, ibroadcast(0xFFu)));
 }
 
-inline AdamwExact advance(const AdamwExact& p, size_t i) {
-  return {p.weight + i,     p.residue + i, p.exp_avg + i,
-          p.exp_avg_sq + i, p.grad + i,    p.grad_lo ? p.grad_lo + i : nullptr};
+// To nearest, ties to even, the low half zero; any NaN becomes 0x7FC0.
+inline Lanes round_bf16(Lanes value) {
+  const Ints bits = bits_of(value);
+  const Ints odd = iand(shift_right<16>(bits), ibroadcast(1u));
+  const Ints rounded = iadd(bits, iadd(odd, ibroadcast(0x7FFFu)));
+  return nan_else(value, lanes_of(iand(rounded, ibroadcast(0xFFFF0000u))));
 }
 
 // Up to 16 elements in memory of their own, so that a tail runs through the code of a full block.
@@ -77,61 +50,15 @@ struct Padded {
   T values[kLanes] = {};
 };
 
-template <bool kLerpFromGrad>
-void adamw_tail(const AdamwLanes& s, const AdamwFp32& p, size_t numel) {
-  Padded<float> weight(p.weight, numel), exp_avg(p.exp_avg, numel), exp_avg_sq(p.exp_avg_sq, numel);
-  const Padded<float> grad(p.grad, numel);
-  adamw_block<kLerpFromGrad>(
-      s, AdamwFp32{weight.values, exp_avg.values, exp_avg_sq.values, grad.values});
-  weight.copy_to(p.weight, numel);
-  exp_avg.copy_to(p.exp_avg, numel);
-  exp_avg_sq.copy_to(p.exp_avg_sq, numel);
-}
-
-template <bool kLerpFromGrad>
-void adamw_tail(const AdamwLanes& s, const AdamwExact& p, size_t numel) {
-  Padded<float> exp_avg(p.exp_avg, numel), exp_avg_sq(p.exp_avg_sq, numel);
-  Padded<uint16_t> weight(p.weight, numel), residue(p.residue, numel);
-  const Padded<uint16_t> grad(p.grad, numel);
-  const Padded<uint16_t> grad_lo =
-      p.grad_lo ? Padded<uint16_t>(p.grad_lo, numel) : Padded<uint16_t>();
-  adamw_block<kLerpFromGrad>(s, AdamwExact{weight.values, residue.values, exp_avg.values,
-                                           exp_avg_sq.values, grad.values, grad_lo.values});
-  weight.copy_to(p.weight, numel);
-  residue.copy_to(p.residue, numel);
-  exp_avg.copy_to(p.exp_avg, numel);
-  exp_avg_sq.copy_to(p.exp_avg_sq, numel);
-}
-
-template <bool kLerpFromGrad, typename Planes>
-void adamw_loop(const AdamwScalars& scalars, const Planes planes, size_t numel) {
-  const AdamwLanes s = broadcast_scalars(scalars, kLerpFromGrad);
-  size_t i = 0;
-  for (; i + kLanes <= numel; i += kLanes) {
-    adamw_block<kLerpFromGrad>(s, advance(planes, i));
-  }
-  if (i < numel) {
-    adamw_tail<kLerpFromGrad>(s, advance(planes, i), numel - i);
-  }
-}
-
-// torch's lerp starts from the nearer end: from the gradient where 1 - beta1 is 0.5 or more.
-template <typename Planes>
-void adamw(const AdamwScalars& scalars, const Planes& planes, size_t numel) {
-  if (scalars.lerp_weight < 0.5f && scalars.lerp_weight > -0.5f) {
-    adamw_loop<false>(scalars, planes, numel);
-  } else {
-    adamw_loop<true>(scalars, planes, numel);
-  }
-}
-
-void split_fp32(const float* src, uint16_t* weight, uint16_t* residue, size_t numel) {
+template <typename Residue>
+void split_master(const float* src, uint16_t* weight, Residue* residue, size_t numel) {
   size_t i = 0;
   for (; i + kLanes <= numel; i += kLanes) {
     split(load(src + i), weight + i, residue + i);
   }
   const Padded<float> tail(src + i, numel - i);
-  Padded<uint16_t> tail_weight, tail_residue;
+  Padded<uint16_t> tail_weight;
+  Padded<Residue> tail_residue;
   split(load(tail.values), tail_weight.values, tail_residue.values);
   tail_weight.copy_to(weight + i, numel - i);
   tail_residue.copy_to(residue + i, numel - i);
@@ -146,14 +73,15 @@ inline const uint16_t* offset_or_null(const uint16_t* low, size_t i) {
 }
 inline uint16_t* offset_or_null(uint16_t* low, size_t i) { return low ? low + i : nullptr; }
 
-void join_fp32(const uint16_t* weight, const uint16_t* residue, float* dst, size_t numel) {
+template <typename Residue>
+void join_master(const uint16_t* weight, const Residue* residue, float* dst, size_t numel) {
   size_t i = 0;
   for (; i + kLanes <= numel; i += kLanes) {
-    store(dst + i, load_joined(weight + i, offset_or_null(residue, i)));
+    store(dst + i, residue ? join(weight + i, residue + i) : load_bf16(weight + i));
   }
   const Padded<uint16_t> tail(weight + i, numel - i);
-  const Padded<uint16_t> tail_low =
-      residue ? Padded<uint16_t>(residue + i, numel - i) : Padded<uint16_t>();
+  const Padded<Residue> tail_low =
+      residue ? Padded<Residue>(residue + i, numel - i) : Padded<Residue>();
   Padded<float> tail_dst;
   store(tail_dst.values, join(tail.values, tail_low.values));
   tail_dst.copy_to(dst + i, numel - i);
@@ -286,6 +214,97 @@ double sum_squares(const void* high, const uint16_t* low, GradKind kind, size_t 
   return sum_tiles(numel, Bf16Values{static_cast<const uint16_t*>(high), low});
 }
 
+#include "kernels_formats.h"
+#include "kernels_rules.h"
+
+template <typename Format, typename Rule>
+inline void update_block(const Rule& rule, const Planes& planes, size_t i, const Random& random) {
+  Moments<Format::kBlocks> moments;
+  Format::template load_moments<Rule::kHasSquares>(planes, i, moments);
+  for (size_t b = 0; b < Format::kBlocks; ++b) {
+    const size_t at = i + b * kLanes;
+    Lanes weight = Format::load_weight(planes, at);
+    rule.step(Format::load_grad(planes, at), weight, moments.exp_avg[b], moments.exp_avg_sq[b]);
+    Format::store_weight(planes, at, weight);
+  }
+  Format::template store_moments<Rule::kHasSquares>(planes, i, moments, random);
+}
+
+// The last elements, fewer than a block, in memory of their own with zeros behind them.
+template <typename Format, typename Rule>
+void update_tail(const Rule& rule, const Planes& planes, size_t begin, size_t numel,
+                 const Random& random) {
+  char memory[kNumPlanes][Format::kBlocks * kLanes * sizeof(float)] = {};
+  char* source[kNumPlanes] = {};
+  Planes padded = {};
+  for (int plane = 0; plane < kNumPlanes; ++plane) {
+    if (planes.at[plane]) {
+      source[plane] = planes.at[plane] + plane_nbytes(Format::kFormat, plane, begin);
+      padded.at[plane] = memory[plane];
+      std::memcpy(memory[plane], source[plane], plane_nbytes(Format::kFormat, plane, numel));
+    }
+  }
+  update_block<Format>(rule, padded, 0, random.from(begin));
+  for (int plane = 0; plane < kGrad; ++plane) {
+    if (planes.at[plane]) {
+      std::memcpy(source[plane], memory[plane], plane_nbytes(Format::kFormat, plane, numel));
+    }
+  }
+}
+
+template <typename Format, typename Rule>
+void update_as(const Rule& rule, const Planes planes, size_t numel, const Random random) {
+  constexpr size_t kBlock = Format::kBlocks * kLanes;
+  size_t i = 0;
+  for (; i + kBlock <= numel; i += kBlock) {
+    update_block<Format>(rule, planes, i, random);
+  }
+  if (i < numel) {
+    update_tail<Format>(rule, planes, i, numel - i, random);
+  }
+}
+
+template <typename Rule>
+void update_with(StateFormat format, const Rule& rule, const Planes& planes, size_t numel,
+                 const Random& random) {
+  switch (format) {
+    case StateFormat::kFp32:
+      return update_as<Fp32Format>(rule, planes, numel, random);
+    case StateFormat::kExact:
+      return update_as<ExactFormat>(rule, planes, numel, random);
+    case StateFormat::kBf16:
+      return update_as<Bf16Format>(rule, planes, numel, random);
+    case StateFormat::kInt8:
+      return update_as<Int8Format>(rule, planes, numel, random);
+  }
+}
+
+void update(StateFormat format, const StepRule& rule, char* const planes[kNumPlanes],
+            uint64_t index, size_t numel) {
+  Planes at;
+  std::memcpy(at.at, planes, sizeof(at.at));
+  const Random random = {rule.key[0], rule.key[1], static_cast<uint32_t>(index)};
+  switch (rule.kind) {
+    case RuleKind::kAdamw:
+      // torch's lerp: it starts from the nearer end.
+      if (rule.adamw.lerp_weight < 0.5f && rule.adamw.lerp_weight > -0.5f) {
+        return update_with(format, AdamwRule<false>(rule.adamw), at, numel, random);
+      }
+      return update_with(format, AdamwRule<true>(rule.adamw), at, numel, random);
+    case RuleKind::kSgd:
+      return update_with(format, SgdRule(rule.sgd), at, numel, random);
+    case RuleKind::kLion:
+      return update_with(format, LionRule(rule.lion), at, numel, random);
+  }
+}
+
 constexpr KernelSet make_kernel_set(const char* isa) {
-  return {isa, split_fp32, join_fp32, adamw<AdamwFp32>, adamw<AdamwExact>, grad_land, sum_squares};
+  return {isa,
+          split_master<uint16_t>,
+          join_master<uint16_t>,
+          split_master<uint8_t>,
+          join_master<uint8_t>,
+          update,
+          grad_land,
+          sum_squares};
 }

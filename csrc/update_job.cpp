@@ -5,9 +5,9 @@
 namespace offload {
 namespace {
 
-constexpr const char* kPlaneNames[kNumPlanes] = {"weight",     "residue", "exp_avg",
-                                                 "exp_avg_sq", "grad",    "grad_lo"};
-constexpr unsigned kItemsizes[2][kNumPlanes] = {{4, 0, 4, 4, 4, 0}, {2, 2, 4, 4, 2, 2}};
+constexpr const char* kPlaneNames[kNumPlanes] = {"weight",     "residue",       "exp_avg",
+                                                 "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale",
+                                                 "grad",       "grad_lo"};
 
 bool is_grad(int plane) { return plane == kGrad || plane == kGradLo; }
 
@@ -20,9 +20,8 @@ uint64_t total_nbytes(const std::vector<PlaneSegment>& segments) {
 }
 
 // What is wrong with a plane that is there.
-const char* plane_fault(const UpdatePlane& plane, int index, unsigned itemsize, uint64_t numel,
-                        bool has_ops) {
-  if (itemsize == 0) {
+const char* plane_fault(const UpdatePlane& plane, int index, uint64_t nbytes, bool has_ops) {
+  if (nbytes == 0) {
     return "is not part of this format";
   }
   if (is_grad(index) && plane.has_write) {
@@ -34,23 +33,32 @@ const char* plane_fault(const UpdatePlane& plane, int index, unsigned itemsize, 
   if (!plane.address && has_ops && !is_grad(index) && !plane.has_write) {
     return "has neither an address nor write segments, so its update would be lost";
   }
-  if (plane.has_read && total_nbytes(plane.read) != numel * itemsize) {
+  if (plane.has_read && total_nbytes(plane.read) != nbytes) {
     return "has read segments that do not add up to its size";
   }
-  if (plane.has_write && total_nbytes(plane.write) != numel * itemsize) {
+  if (plane.has_write && total_nbytes(plane.write) != nbytes) {
     return "has write segments that do not add up to its size";
   }
   return nullptr;
 }
 
+// Whether an update cannot do without a plane that the format has.
+bool is_needed(const UpdateJob& job, int plane) {
+  if (plane == kExpAvgSq || plane == kExpAvgSqScale) {
+    return std::any_of(job.ops.begin(), job.ops.end(),
+                       [](const UpdateOp& op) { return op.rule.kind == RuleKind::kAdamw; });
+  }
+  return plane != kGradLo && !job.ops.empty();
+}
+
 std::string check_planes(const UpdateJob& job) {
   for (int i = 0; i < kNumPlanes; ++i) {
     const UpdatePlane& plane = job.planes[i];
-    const unsigned itemsize = plane_itemsize(job.format, i);
     const char* fault = nullptr;
     if (plane.present) {
-      fault = plane_fault(plane, i, itemsize, job.numel, !job.ops.empty());
-    } else if (itemsize != 0 && i != kGradLo && !job.ops.empty()) {
+      const uint64_t nbytes = plane_nbytes(job.format, i, job.numel);
+      fault = plane_fault(plane, i, nbytes, !job.ops.empty());
+    } else if (plane_layout(job.format, i).item_nbytes != 0 && is_needed(job, i)) {
       fault = "is missing";
     }
     if (fault) {
@@ -81,7 +89,7 @@ const char* checksum_fault(const std::vector<PlaneSegment>& plane, uint64_t tile
 std::string check_checksums(const UpdateJob& job, uint64_t tile_numel, uint64_t checksum_nbytes) {
   for (int i = 0; i < kNumPlanes; ++i) {
     for (const std::vector<PlaneSegment>* plane : {&job.planes[i].read, &job.planes[i].write}) {
-      const uint64_t tile_nbytes = tile_numel * plane_itemsize(job.format, i);
+      const uint64_t tile_nbytes = plane_nbytes(job.format, i, tile_numel);
       if (const char* fault = checksum_fault(*plane, tile_nbytes, checksum_nbytes)) {
         return std::string("plane ") + kPlaneNames[i] + " " + fault;
       }
@@ -97,6 +105,10 @@ std::string check_ops(const UpdateJob& job) {
       return "op [" + std::to_string(op.begin) + ", " + std::to_string(op.end) +
              ") is empty, out of order, or outside the chunk's " + std::to_string(job.numel) +
              " elements";
+    }
+    if (job.format == StateFormat::kInt8 && op.begin % kGroupNumel != 0) {
+      return "op [" + std::to_string(op.begin) + ", " + std::to_string(op.end) +
+             ") begins inside a group of " + std::to_string(kGroupNumel) + " elements";
     }
     end = op.end;
   }
@@ -116,7 +128,7 @@ std::vector<Range> touched_ranges(const UpdateJob& job) {
     const UpdatePlane& plane = job.planes[i];
     if (plane.address) {
       const uint64_t begin = reinterpret_cast<uintptr_t>(plane.address);
-      ranges.push_back({-1, begin, begin + job.numel * plane_itemsize(job.format, i)});
+      ranges.push_back({-1, begin, begin + plane_nbytes(job.format, i, job.numel)});
     }
     for (const std::vector<PlaneSegment>* segments : {&plane.read, &plane.write}) {
       for (const PlaneSegment& segment : *segments) {
@@ -127,18 +139,9 @@ std::vector<Range> touched_ranges(const UpdateJob& job) {
   return ranges;
 }
 
-template <typename T>
-T* at(char* plane, uint64_t element) {
-  return plane ? reinterpret_cast<T*>(plane) + element : nullptr;
-}
-
 }  // namespace
 
 const char* plane_name(int plane) { return kPlaneNames[plane]; }
-
-unsigned plane_itemsize(StateFormat format, int plane) {
-  return kItemsizes[static_cast<int>(format)][plane];
-}
 
 std::string validate_planes_and_ops(const UpdateJob& job) {
   const std::string ops_fault = check_ops(job);
@@ -146,9 +149,11 @@ std::string validate_planes_and_ops(const UpdateJob& job) {
 }
 
 std::string validate_job(const UpdateJob& job, uint64_t tile_numel, uint64_t checksum_nbytes) {
-  if (job.numel == 0 || job.numel % kTileAlignNumel != 0) {
-    return "numel " + std::to_string(job.numel) + " is not a positive multiple of " +
-           std::to_string(kTileAlignNumel);
+  const uint64_t multiple = tile_align_numel(job.format);
+  if (job.numel == 0 || job.numel % multiple != 0 || tile_numel % multiple != 0) {
+    return "numel " + std::to_string(job.numel) + " and the tiles of " +
+           std::to_string(tile_numel) + " elements must be positive multiples of " +
+           std::to_string(multiple);
   }
   const std::string fault = validate_planes_and_ops(job);
   return fault.empty() ? check_checksums(job, tile_numel, checksum_nbytes) : fault;
@@ -191,7 +196,8 @@ uint64_t hot_numel(const UpdateJob& job, uint64_t checksum_nbytes) {
   uint64_t block_numel = 0;  // of the plane with the smallest items
   for (int i = 0; i < kNumPlanes; ++i) {
     if (has_checksums(job.planes[i].read) || has_checksums(job.planes[i].write)) {
-      block_numel = std::max(block_numel, checksum_nbytes / plane_itemsize(job.format, i));
+      const uint64_t group_nbytes = plane_nbytes(job.format, i, kGroupNumel);
+      block_numel = std::max(block_numel, checksum_nbytes * kGroupNumel / group_nbytes);
     }
   }
   if (block_numel == 0) {
@@ -209,23 +215,13 @@ void run_kernels(const UpdateJob& job, const KernelSet& kernels, uint64_t begin,
                  char* const planes[kNumPlanes]) {
   for (size_t i = first_op_after(job, begin); i < job.ops.size() && job.ops[i].begin < end; ++i) {
     const UpdateOp& op = job.ops[i];
-    const uint64_t from = std::max(op.begin, begin) - begin;
-    const uint64_t numel = std::min(op.end, end) - begin - from;
-    float* const exp_avg = at<float>(planes[kExpAvg], from);
-    float* const exp_avg_sq = at<float>(planes[kExpAvgSq], from);
-    if (job.format == StateFormat::kFp32) {
-      kernels.adamw_fp32(op.scalars,
-                         AdamwFp32{at<float>(planes[kWeight], from), exp_avg, exp_avg_sq,
-                                   at<float>(planes[kGrad], from)},
-                         numel);
-    } else {
-      kernels.adamw_exact(
-          op.scalars,
-          AdamwExact{at<uint16_t>(planes[kWeight], from), at<uint16_t>(planes[kResidue], from),
-                     exp_avg, exp_avg_sq, at<uint16_t>(planes[kGrad], from),
-                     at<uint16_t>(planes[kGradLo], from)},
-          numel);
+    const uint64_t from = std::max(op.begin, begin);
+    char* at[kNumPlanes];
+    for (int plane = 0; plane < kNumPlanes; ++plane) {
+      at[plane] =
+          planes[plane] ? planes[plane] + plane_nbytes(job.format, plane, from - begin) : nullptr;
     }
+    kernels.update(job.format, op.rule, at, from, std::min(op.end, end) - from);
   }
 }
 

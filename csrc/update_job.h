@@ -10,18 +10,9 @@
 
 namespace offload {
 
-// Chunks and tiles are multiples of this many elements, so every tile of every plane begins on a 4
-// KiB boundary, as direct I/O wants it.
-constexpr uint64_t kTileAlignNumel = 4096;
-
-enum class StateFormat { kFp32 = 0, kExact = 1 };
-
-enum PlaneIndex { kWeight = 0, kResidue, kExpAvg, kExpAvgSq, kGrad, kGradLo, kNumPlanes };
-
 const char* plane_name(int plane);
 
-// Bytes per element, 0 if the format has no such plane. All planes together: kTileItemNbytes.
-unsigned plane_itemsize(StateFormat format, int plane);
+// Bytes per element of all planes together, in the format that has the most.
 constexpr uint64_t kTileItemNbytes = 16;
 
 // A piece of an extent: bytes that lie together in a file; a plane is a list of them in plane
@@ -49,7 +40,7 @@ struct UpdatePlane {
 struct UpdateOp {
   uint64_t begin;
   uint64_t end;
-  AdamwScalars scalars;
+  StepRule rule;
 };
 
 struct UpdateJob {

@@ -187,13 +187,12 @@ char* UpdatePipeline::tile_memory(const Tile& tile, int plane, uint64_t element)
   if (!job.planes[plane].present) {
     return nullptr;
   }
-  const uint64_t itemsize = plane_itemsize(job.format, plane);
   if (job.planes[plane].address) {
-    return job.planes[plane].address + element * itemsize;
+    return job.planes[plane].address + plane_nbytes(job.format, plane, element);
   }
-  uint64_t offset = (element - tile.begin) * itemsize;
+  uint64_t offset = plane_nbytes(job.format, plane, element - tile.begin);
   for (int i = 0; i < plane; ++i) {
-    offset += config_.tile_numel * plane_itemsize(job.format, i);
+    offset += plane_nbytes(job.format, i, config_.tile_numel);
   }
   return tile.buffer + offset;
 }
@@ -206,9 +205,10 @@ void UpdatePipeline::start_transfer(Tile& tile, int op) {
   for (int i = 0; i < kNumPlanes; ++i) {
     const UpdatePlane& plane = job.planes[i];
     if (op == kOpRead ? is_read(tile, i) : plane.has_write) {
-      const uint64_t itemsize = plane_itemsize(job.format, i);
-      cut_segments(op == kOpRead ? plane.read : plane.write, tile.begin * itemsize,
-                   tile.end * itemsize, tile_memory(tile, i, tile.begin), 0, segments_);
+      const uint64_t from = plane_nbytes(job.format, i, tile.begin);
+      const uint64_t to = plane_nbytes(job.format, i, tile.end);
+      cut_segments(op == kOpRead ? plane.read : plane.write, from, to,
+                   tile_memory(tile, i, tile.begin), 0, segments_);
     }
   }
   tile.nbytes = 0;
@@ -277,9 +277,9 @@ bool UpdatePipeline::verify(const Tile& tile, uint64_t begin, uint64_t end) {
   segments_.clear();
   for (int i = 0; i < kNumPlanes; ++i) {
     if (is_read(tile, i)) {
-      const uint64_t itemsize = plane_itemsize(job.format, i);
-      cut_segments(job.planes[i].read, begin * itemsize, end * itemsize,
-                   tile_memory(tile, i, begin), config_.checksum_nbytes, segments_);
+      cut_segments(job.planes[i].read, plane_nbytes(job.format, i, begin),
+                   plane_nbytes(job.format, i, end), tile_memory(tile, i, begin),
+                   config_.checksum_nbytes, segments_);
     }
   }
   for (const IoSegment& segment : segments_) {
@@ -301,9 +301,9 @@ void UpdatePipeline::seal(const Tile& tile, uint64_t begin, uint64_t end) {
   segments_.clear();
   for (int i = 0; i < kNumPlanes; ++i) {
     if (job.planes[i].has_write) {
-      const uint64_t itemsize = plane_itemsize(job.format, i);
-      cut_segments(job.planes[i].write, begin * itemsize, end * itemsize,
-                   tile_memory(tile, i, begin), config_.checksum_nbytes, segments_);
+      cut_segments(job.planes[i].write, plane_nbytes(job.format, i, begin),
+                   plane_nbytes(job.format, i, end), tile_memory(tile, i, begin),
+                   config_.checksum_nbytes, segments_);
     }
   }
   for (const IoSegment& segment : segments_) {

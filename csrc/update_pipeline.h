@@ -111,8 +111,8 @@ class UpdatePipeline {
     Running* running = nullptr;
     uint64_t begin = 0;  // elements
     uint64_t end = 0;
-    uint64_t sequence = 0;  // in the order of starting
-    uint64_t nbytes = 0;    // of the transfer in flight
+    uint64_t sequence = 0;    // in the order of starting
+    uint64_t nbytes = 0;      // of the transfer in flight
     bool is_written = false;  // else it is free again once its weights have been read
     char* buffer = nullptr;
   };

@@ -28,13 +28,19 @@ from offload.policy import OffloadPolicy, load_policy
 if TYPE_CHECKING:
     from torch import nn
 
-    from offload.optim import AdamW
+    from offload.optim import SGD, AdamW, Lion
     from offload.plan import Plan
     from offload.session import Session
 
 __version__ = "0.1.0"
 PolicySource = str | Path | Mapping[str, object] | OffloadPolicy
-_AT_FIRST_USE = {"AdamW": "offload.optim", "Plan": "offload.plan", "Session": "offload.session"}
+_AT_FIRST_USE = {
+    "AdamW": "offload.optim",
+    "Lion": "offload.optim",
+    "Plan": "offload.plan",
+    "SGD": "offload.optim",
+    "Session": "offload.session",
+}
 
 
 def __getattr__(name: str) -> object:
@@ -81,11 +87,13 @@ def plan_for(model: nn.Module, policy: PolicySource) -> Plan:
 __all__ = [
     "AdamW",
     "BudgetError",
+    "Lion",
     "NumericsError",
     "OffloadError",
     "OffloadPolicy",
     "Plan",
     "PolicyError",
+    "SGD",
     "Session",
     "StateError",
     "StorageError",

@@ -146,14 +146,18 @@ class UpdatePipeline:
     ) -> None:
         """Queue one job; never blocks.
 
-        `format` is 0 for fp32 and 1 for exact; `numel` is a multiple of 4096. `planes` are
-        weight, residue, exp_avg, exp_avg_sq, grad and grad_lo, None where the format or the job
-        has none. A plane with an address lies there whole, read segments are read into it first
-        and write segments written from it after; without one (0) it goes through the tiles.
-        `ops` is a packed array of records '<qqiidddddddq': begin, end (elements), kernel (0 is
-        AdamW), flags (1 is maximize), lr, beta1, beta2, eps, weight_decay, grad_scale, 0.0, step.
-        Elements that no record covers keep their state. Without `write_all` a tile that no record
-        touches is not written; with it, the write segments are another version and get every tile.
+        `format` is 0 for fp32, 1 for exact, 2 for bf16 and 3 for int8; `numel` is a multiple of
+        4096, in int8 of 65536, as the tiles then must be. `planes` are weight, residue, exp_avg,
+        exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, grad and grad_lo, None where the format, the
+        rule or the job has none. A plane with an address lies there whole, read segments are
+        read into it first and write segments written from it after; without one (0) it goes
+        through the tiles.
+        `ops` is a packed array of records '<qqiiddddddQq': begin, end (elements; in int8 it begins
+        at a multiple of 32), rule (0 is AdamW, 1 SGD, 2 Lion), flags (1 is maximize, 2 nesterov),
+        lr, beta1 (SGD: momentum), beta2 (SGD: dampening), eps, weight_decay, grad_scale, seed of
+        stochastic rounding, step. Elements that no record covers keep their state.
+        Without `write_all` a tile that no record touches is not written; with it, the write
+        segments are another version and get every tile.
         """
 
     def poll(self) -> list[tuple[int, int, int, int, int, int, float, float]]:
@@ -186,10 +190,15 @@ def crc32c_isas() -> tuple[str, ...]:
 # `isa` below is "auto" or one of supported_isas(); the bits do not depend on it. ValueError
 # where this CPU lacks it.
 
-def split_fp32(src: int, weight: int, residue: int, numel: int, isa: str = "auto") -> None:
-    """Split fp32 `src` into bf16 `weight` and the 16 low bits `residue`, without loss."""
+def split_fp32(
+    src: int, weight: int, residue: int, numel: int, residue_nbytes: int, isa: str = "auto"
+) -> None:
+    """Split fp32 `src` into bf16 `weight` and `residue`: its 16 low bits (2 bytes), without loss,
+    or 8 bits below the weight (1 byte), to which the value is rounded."""
 
-def join_fp32(weight: int, residue: int, dst: int, numel: int, isa: str = "auto") -> None:
+def join_fp32(
+    weight: int, residue: int, dst: int, numel: int, residue_nbytes: int, isa: str = "auto"
+) -> None:
     """Undo split_fp32; an address of 0 for `residue` means low bits of zero."""
 
 def grad_land(
@@ -208,7 +217,7 @@ def sum_squares(src: int, src_lo: int, numel: int, kind: int, isa: str = "auto")
 def apply_ops(
     format: int,
     numel: int,
-    addresses: tuple[int, int, int, int, int, int],
+    addresses: tuple[int, ...],
     ops: bytes,
     isa: str = "auto",
 ) -> None:

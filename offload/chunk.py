@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from offload.errors import StateError
-from offload.formats import Plane, StateFormat
+from offload.formats import NUMEL_MULTIPLE, Plane, StateFormat
 from offload.slots import Region, Slot, round_up
 from offload.store import PlaneExtents
 from offload.tier import TRANSITIONS, DeviceEvent, Residency
 
-NUMEL_MULTIPLE = 4096  # every tile of every plane then starts and ends on a 4 KiB boundary
-_PARAM_MULTIPLE = 64  # elements; weights start on a cache line in every dtype
+_PARAM_MULTIPLE = 64  # elements; weights start on a cache line in every dtype, and groups with them
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +51,11 @@ class ChunkSpec:
         return sum(param.numel for param in self.params)
 
     def nbytes(self, plane: Plane, fmt: StateFormat) -> int:
-        return self.numel * fmt.itemsize(plane)
+        return fmt.nbytes(plane, self.numel)
+
+    def aligned(self, fmt: StateFormat) -> ChunkSpec:
+        """The same chunk with the padding that a format's planes want."""
+        return dataclasses.replace(self, numel=round_up(self.numel, fmt.numel_multiple))
 
     def state_planes(self, fmt: StateFormat) -> tuple[Plane, ...]:
         """A chunk without trainable parameters needs its weight plane only."""

@@ -237,7 +237,7 @@ class _Job:
     def _train(self, engine: Any, batches: Batches, log: JsonlLog) -> int:
         """Train and return how many steps were done: all, or those up to Ctrl-C."""
         train = self.train
-        optimizer = make_optimizer(engine.model, train)
+        optimizer = make_optimizer(engine.model, train, self.config.optimizer.kind)
         first = engine.run.num_steps
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: rate_share(first + i, train)
@@ -335,14 +335,18 @@ def meta_model(source: ModelSource, policy: OffloadPolicy) -> torch.nn.Module:
     return model
 
 
-def make_optimizer(model: torch.nn.Module, train: TrainSection) -> Any:
-    """AdamW with weight decay on matrices only."""
+def make_optimizer(model: torch.nn.Module, train: TrainSection, kind: str) -> Any:
+    """The optimizer with weight decay on matrices only; of SGD, the first beta is its momentum."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in wanted if p.dim() >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in wanted if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return offload.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=train.betas)
+    groups = [g for g in groups if g["params"]]
+    if kind == "sgd":
+        return offload.SGD(groups, lr=train.lr, momentum=train.betas[0])
+    make = offload.Lion if kind == "lion" else offload.AdamW
+    return make(groups, lr=train.lr, betas=train.betas)
 
 
 def rate_share(index: int, train: TrainSection) -> float:

@@ -6,6 +6,14 @@ weight = (b + 0x8000) >> 16 and residue = b & 0xFFFF, both modulo their width. T
 bf16 that compute uses, and b can be rebuilt from both: upper = weight - (residue >= 0x8000).
 Rounding to nearest even would not be invertible (a tie at 0x8000 goes either way), so the rule here
 is nearest, ties away from zero. A gradient that accumulates in fp32 uses the same pair of planes.
+`int8` does the same with 24 bits: the master is rounded to them, and its residue is one byte.
+
+[Note: lossy moments]
+`bf16` rounds its moments stochastically; the random bits are a hash of (seed, step, element of the
+chunk), so they depend on no placement, tile or thread. `int8` stores them in bytes, with a bf16
+scale for every 32 elements in a plane of its own. Parameters begin at multiples of 64 elements and
+the padding behind them is zero, so no group has elements of two parameters. csrc/kernels.h has the
+formulas.
 """
 
 from __future__ import annotations
@@ -19,19 +27,33 @@ from offload import _native
 
 
 class Plane(enum.Enum):
-    """One array of a chunk; all planes of a chunk are elementwise parallel."""
+    """One array of a chunk; all planes are elementwise parallel, scales group by group."""
 
     WEIGHT = "weight"
     RESIDUE = "residue"
-    EXP_AVG = "exp_avg"
+    EXP_AVG = "exp_avg"  # of SGD its momentum buffer
     EXP_AVG_SQ = "exp_avg_sq"
+    EXP_AVG_SCALE = "exp_avg_scale"
+    EXP_AVG_SQ_SCALE = "exp_avg_sq_scale"
     GRAD = "grad"
     GRAD_LO = "grad_lo"
 
 
-STATE_PLANES = (Plane.WEIGHT, Plane.RESIDUE, Plane.EXP_AVG, Plane.EXP_AVG_SQ)
+SQUARES_PLANES = (Plane.EXP_AVG_SQ, Plane.EXP_AVG_SQ_SCALE)
+SCALE_PLANES = (Plane.EXP_AVG_SCALE, Plane.EXP_AVG_SQ_SCALE)
+STATE_PLANES = (
+    Plane.WEIGHT,
+    Plane.RESIDUE,
+    Plane.EXP_AVG,
+    Plane.EXP_AVG_SQ,
+    *SCALE_PLANES,
+)
 GRAD_PLANES = (Plane.GRAD, Plane.GRAD_LO)
 NATIVE_PLANE_ORDER = STATE_PLANES + GRAD_PLANES
+
+
+GROUP_NUMEL = 32  # elements that share one scale
+NUMEL_MULTIPLE = 4096  # every tile of every plane then starts and ends on a 4 KiB boundary
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,34 +78,64 @@ class StateFormat:
         """The planes that a gradient can need: the second one only where it accumulates in fp32."""
         return tuple(plane for plane in GRAD_PLANES if plane in self.dtypes)
 
-    def itemsize(self, plane: Plane) -> int:
-        return self.dtypes[plane].itemsize
+    @property
+    def numel_multiple(self) -> int:
+        """Elements that chunks and tiles are multiples of: 4 KiB of the narrowest plane."""
+        has_scales = any(plane in self.dtypes for plane in SCALE_PLANES)
+        return NUMEL_MULTIPLE * GROUP_NUMEL // 2 if has_scales else NUMEL_MULTIPLE
+
+    def num_items(self, plane: Plane, numel: int) -> int:
+        """Items of a plane for so many elements."""
+        return -(-numel // GROUP_NUMEL) if plane in SCALE_PLANES else numel
+
+    def nbytes(self, plane: Plane, numel: int) -> int:
+        """Bytes of a plane for so many elements."""
+        return self.num_items(plane, numel) * self.dtypes[plane].itemsize
+
+    def items(self, plane: Plane, begin: int, numel: int) -> slice:
+        """The items of a plane for the elements from `begin`, which is a group's first."""
+        first = self.num_items(plane, begin)
+        return slice(first, first + self.num_items(plane, numel))
 
     @property
-    def state_itemsize(self) -> int:
+    def state_itemsize(self) -> float:
         """Bytes per parameter that persist between steps."""
-        return sum(self.itemsize(plane) for plane in self.state_planes)
+        planes = self.state_planes
+        return sum(self.nbytes(plane, GROUP_NUMEL) for plane in planes) / GROUP_NUMEL
 
 
-_MOMENTS = {Plane.EXP_AVG: torch.float32, Plane.EXP_AVG_SQ: torch.float32}
-FORMATS: dict[str, StateFormat] = {
-    "fp32": StateFormat(
-        name="fp32",
-        native_code=0,
-        dtypes={Plane.WEIGHT: torch.float32, **_MOMENTS, Plane.GRAD: torch.float32},
-    ),
-    "exact": StateFormat(
-        name="exact",
-        native_code=1,
-        dtypes={
-            Plane.WEIGHT: torch.bfloat16,
-            Plane.RESIDUE: torch.uint16,
-            **_MOMENTS,
-            Plane.GRAD: torch.bfloat16,
-            Plane.GRAD_LO: torch.uint16,
-        },
-    ),
+def _moments(dtype: torch.dtype, dtype_sq: torch.dtype) -> dict[Plane, torch.dtype]:
+    return {Plane.EXP_AVG: dtype, Plane.EXP_AVG_SQ: dtype_sq}
+
+
+_SCALES = dict.fromkeys(SCALE_PLANES, torch.bfloat16)
+_BF16_GRADS = {Plane.GRAD: torch.bfloat16, Plane.GRAD_LO: torch.uint16}
+_EXACT_MASTER = {Plane.WEIGHT: torch.bfloat16, Plane.RESIDUE: torch.uint16}
+_INT8_MASTER = {Plane.WEIGHT: torch.bfloat16, Plane.RESIDUE: torch.int8}
+_DTYPES = {
+    "fp32": {
+        Plane.WEIGHT: torch.float32,
+        **_moments(torch.float32, torch.float32),
+        Plane.GRAD: torch.float32,
+    },
+    "exact": {**_EXACT_MASTER, **_moments(torch.float32, torch.float32), **_BF16_GRADS},
+    "bf16": {**_EXACT_MASTER, **_moments(torch.bfloat16, torch.bfloat16), **_BF16_GRADS},
+    "int8": {**_INT8_MASTER, **_moments(torch.int8, torch.uint8), **_SCALES, **_BF16_GRADS},
+}  # in the order of the native codes
+FORMATS = {
+    name: StateFormat(name=name, native_code=code, dtypes=dtypes)
+    for code, (name, dtypes) in enumerate(_DTYPES.items())
 }
+
+
+def state_format(name: str, optimizer: str = "adamw") -> StateFormat:
+    """The format as an optimizer needs it: only AdamW keeps a second moment."""
+    fmt = FORMATS[name]
+    if optimizer == "adamw":
+        return fmt
+    dtypes = {plane: d for plane, d in fmt.dtypes.items() if plane not in SQUARES_PLANES}
+    return dataclasses.replace(fmt, dtypes=dtypes)
+
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -94,14 +146,19 @@ def is_supported_dtype(dtype: torch.dtype) -> bool:
 
 
 def split_master(master: torch.Tensor, weight: torch.Tensor, residue: torch.Tensor) -> None:
-    """Split an fp32 master (N) into bf16 weight (N) and 16-bit residue (N), all contiguous."""
-    _native.split_fp32(master.data_ptr(), weight.data_ptr(), residue.data_ptr(), master.numel())
+    """Split an fp32 master (N) into bf16 weight (N) and residue (N), all contiguous.
+
+    A residue of 16 bits keeps the master; one of 8 bits rounds it.
+    """
+    nbytes = residue.dtype.itemsize
+    addresses = master.data_ptr(), weight.data_ptr(), residue.data_ptr()
+    _native.split_fp32(*addresses, master.numel(), nbytes)
 
 
 def join_master(weight: torch.Tensor, residue: torch.Tensor | None, master: torch.Tensor) -> None:
     """Rebuild the fp32 master (N) from bf16 weight (N) and residue (N, or None for zero)."""
-    low = 0 if residue is None else residue.data_ptr()
-    _native.join_fp32(weight.data_ptr(), low, master.data_ptr(), master.numel())
+    low, nbytes = (0, 2) if residue is None else (residue.data_ptr(), residue.dtype.itemsize)
+    _native.join_fp32(weight.data_ptr(), low, master.data_ptr(), master.numel(), nbytes)
 
 
 class LandMode(enum.IntEnum):

@@ -142,7 +142,7 @@ def _check_chunk(chunk: ChunkRecord, state_format: str) -> None:
         raise ValueError(f"chunk {chunk.name}: planes {sorted(chunk.planes)} are not {fmt.name}'s")
     for name, record in chunk.planes.items():
         for pieces in record.extents:
-            if sum(nbytes for _, _, nbytes in pieces) != chunk.numel * fmt.itemsize(known[name]):
+            if sum(nbytes for _, _, nbytes in pieces) != fmt.nbytes(known[name], chunk.numel):
                 raise ValueError(f"chunk {chunk.name}: plane {name} has another size")
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from torch import nn
 
-from offload.chunk import Chunk, ChunkSpec
+from offload.chunk import Chunk
 from offload.commit import Commits, read_manifest
 from offload.engine import Engine
 from offload.errors import PolicyError
-from offload.formats import FORMATS
 from offload.io import choose_backend
 from offload.manifest import Manifest
 from offload.plan import Plan
@@ -29,9 +28,7 @@ logger = logging.getLogger("offload")
 RESUME = "resume"
 
 
-def manifest_to_restore(
-    policy: OffloadPolicy, weights: str | Path | None, specs: Sequence[ChunkSpec]
-) -> Manifest | None:
+def manifest_to_restore(weights: str | Path | None, plan: Plan) -> Manifest | None:
     """The manifest of a checkpoint that `weights` names, or None where it names none.
 
     Raises StorageError where it is broken, StateError for another model.
@@ -39,12 +36,12 @@ def manifest_to_restore(
     if weights in (None, RESUME, "init") or not (Path(str(weights)) / MANIFEST_NAME).exists():
         return None
     manifest = read_manifest(Path(str(weights)))
-    check_same_model(manifest, specs, FORMATS[policy.state.format], f"the checkpoint {weights}")
+    check_same_model(manifest, plan.specs, plan.fmt, f"the checkpoint {weights}")
     return manifest
 
 
 def manifest_to_resume(
-    policy: OffloadPolicy, weights: str | Path | None, specs: Sequence[ChunkSpec]
+    policy: OffloadPolicy, weights: str | Path | None, plan: Plan
 ) -> Manifest | None:
     """The manifest of the run to go on with, or None where a new one begins.
 
@@ -57,7 +54,7 @@ def manifest_to_resume(
         raise PolicyError("weights='resume' goes on with a committed run: set durability: step.")
     manifest = read_manifest(nvme.paths[0])
     where = f"the run in {nvme.paths[0]}"
-    check_same_model(manifest, specs, FORMATS[policy.state.format], where)
+    check_same_model(manifest, plan.specs, plan.fmt, where)
     if len(manifest.file_nbytes) != len(nvme.paths):
         raise PolicyError(
             f"tiers.nvme.paths names {len(nvme.paths)} folders, {where} has "

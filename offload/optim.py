@@ -12,52 +12,40 @@ import torch
 from offload.chunk import Chunk
 from offload.errors import StateError
 from offload.routing import Owner, owner_of
-from offload.update import AdamWOp
+from offload.update import AdamWOp, LionOp, Op, SGDOp
 
 _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 
 
-class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with moments in the tiers.
+class TierOptimizer(torch.optim.Optimizer):
+    """What the optimizers here share. `kind` is the word of the policy; `_op` the step of a group.
 
-    Arithmetic is that of torch.optim.AdamW(fused=True) on the fp32 master. Create it inside the
-    context: every parameter must belong to one offloaded model. Hyperparameters are captured at
-    step().
+    Create one inside the context: every parameter must belong to one offloaded model, whose
+    optimizer.kind is this one. Hyperparameters are captured at step().
     """
 
-    def __init__(
-        self,
-        params: _Params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        maximize: bool = False,
-    ) -> None:
-        _check_hyperparameters(lr, betas, eps, weight_decay)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
+    kind: str
+
+    def __init__(self, params: _Params, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self._owner = self._find_owner()
         self._group_of = self._index_groups()
         self._owner.attach(self)
 
+    def _op(self, group: dict[str, Any], common: dict[str, Any]) -> Op:
+        """The step of a group's parameter; `common` has the fields of Op."""
+        raise NotImplementedError
+
     def _find_owner(self) -> Owner:
         owners = {id(owner): owner for owner in map(owner_of, self._all_params())}
         if len(owners) != 1 or None in owners.values():
             raise StateError(
-                "offload.AdamW takes the parameters of one offloaded model: create it inside "
-                "`with offload.offload(model, ...)`, from model.parameters()."
+                f"offload.{type(self).__name__} takes the parameters of one offloaded model: "
+                "create it inside `with offload.offload(model, ...)`, from model.parameters()."
             )
         owner = next(iter(owners.values()))
         if owner is None:
-            raise StateError("offload.AdamW was given no parameters.")
+            raise StateError(f"offload.{type(self).__name__} was given no parameters.")
         return owner
 
     def _all_params(self) -> list[torch.Tensor]:
@@ -73,7 +61,7 @@ class AdamW(torch.optim.Optimizer):
 
     def ops_for(
         self, chunk: Chunk, positions: Iterable[int], scales: dict[tuple[int, int], float]
-    ) -> list[AdamWOp]:
+    ) -> list[Op]:
         """The update of the given parameters of a chunk, with the present hyperparameters; counts
         their steps.
         """
@@ -87,26 +75,22 @@ class AdamW(torch.optim.Optimizer):
                 continue
             group = self.param_groups[group_index]
             chunk.num_steps[position] += 1
-            ops.append(
-                AdamWOp(
-                    begin=spec.offset,
-                    end=spec.offset + spec.numel,
-                    step=chunk.num_steps[position],
-                    lr=float(group["lr"]),
-                    beta1=float(group["betas"][0]),
-                    beta2=float(group["betas"][1]),
-                    eps=float(group["eps"]),
-                    weight_decay=float(group["weight_decay"]),
-                    maximize=bool(group["maximize"]),
-                    grad_scale=scales.get((chunk.spec.index, position), 1.0),
-                )
-            )
+            common = {
+                "begin": spec.offset,
+                "end": spec.offset + spec.numel,
+                "step": chunk.num_steps[position],
+                "lr": float(group["lr"]),
+                "weight_decay": float(group["weight_decay"]),
+                "maximize": bool(group["maximize"]),
+                "grad_scale": scales.get((chunk.spec.index, position), 1.0),
+                "seed": chunk.spec.index,  # so that no two chunks round by the same bits
+            }
+            ops.append(self._op(group, common))
         return ops
 
     def hyperparameters(self) -> list[tuple[Any, ...]]:
         """What eager updates captured during backward must still be true at step()."""
-        keys = ("lr", "betas", "eps", "weight_decay", "maximize")
-        return [tuple(_plain(group[key]) for key in keys) for group in self.param_groups]
+        return [tuple(_plain(group[key]) for key in self.defaults) for group in self.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -134,15 +118,120 @@ class AdamW(torch.optim.Optimizer):
         return state
 
 
+class AdamW(TierOptimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with moments in the tiers.
+
+    Arithmetic is that of torch.optim.AdamW(fused=True) on the fp32 master.
+    """
+
+    kind = "adamw"
+
+    def __init__(
+        self,
+        params: _Params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        _check_not_negative(type(self).__name__, lr=lr, eps=eps, weight_decay=weight_decay)
+        _check_betas(type(self).__name__, betas)
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def _op(self, group: dict[str, Any], common: dict[str, Any]) -> Op:
+        beta1, beta2 = map(float, group["betas"])
+        return AdamWOp(beta1=beta1, beta2=beta2, eps=float(group["eps"]), **common)
+
+
+class SGD(TierOptimizer):
+    """SGD with momentum in the tiers; needs `optimizer.kind: sgd`.
+
+    Arithmetic is that of torch.optim.SGD on the fp32 master; fused, foreach and plain agree there.
+    """
+
+    kind = "sgd"
+
+    def __init__(
+        self,
+        params: _Params,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        _check_not_negative(
+            type(self).__name__, lr=lr, momentum=momentum, weight_decay=weight_decay
+        )
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("SGD: nesterov needs a momentum above 0 and a dampening of 0.")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def _op(self, group: dict[str, Any], common: dict[str, Any]) -> Op:
+        return SGDOp(
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            nesterov=bool(group["nesterov"]),
+            **common,
+        )
+
+
+class Lion(TierOptimizer):
+    """Lion (arXiv 2302.06675): one moment, and steps of equal size; needs `optimizer.kind: lion`.
+
+    Its learning rate is 3 to 10 times smaller than AdamW's, and its weight decay as much larger.
+    """
+
+    kind = "lion"
+
+    def __init__(
+        self,
+        params: _Params,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        _check_not_negative(type(self).__name__, lr=lr, weight_decay=weight_decay)
+        _check_betas(type(self).__name__, betas)
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+
+    def _op(self, group: dict[str, Any], common: dict[str, Any]) -> Op:
+        beta1, beta2 = map(float, group["betas"])
+        return LionOp(beta1=beta1, beta2=beta2, **common)
+
+
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _check_hyperparameters(
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> None:
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+def _check_not_negative(who: str, **values: float) -> None:
+    for name, value in values.items():
         if not value >= 0:
-            raise ValueError(f"AdamW: {name} is {value}; it must be 0 or more.")
+            raise ValueError(f"{who}: {name} is {value}; it must be 0 or more.")
+
+
+def _check_betas(who: str, betas: tuple[float, float]) -> None:
     if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"AdamW: betas are {betas}; both must be in [0, 1).")
+        raise ValueError(f"{who}: betas are {betas}; both must be in [0, 1).")

@@ -13,9 +13,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from offload.chunk import NUMEL_MULTIPLE, ChunkSpec
+from offload.chunk import ChunkSpec
 from offload.errors import BudgetError
-from offload.formats import GRAD_PLANES, Plane, StateFormat
+from offload.formats import GRAD_PLANES, NUMEL_MULTIPLE, Plane, StateFormat
 from offload.policy import OffloadPolicy, format_nbytes, short_nbytes
 from offload.schedule import count_loads, default_order
 from offload.slots import HUGE_PAGE_NBYTES, round_up
@@ -197,7 +197,7 @@ class Plan:
         lines = [
             f"{num_params / 1e6:.1f} M parameters in {len(self.specs)} chunks, format "
             f"{self.fmt.name} "
-            f"({self.fmt.state_itemsize} B/param): {short_nbytes(self.state_nbytes)} of state",
+            f"({self.fmt.state_itemsize:g} B/param): {short_nbytes(self.state_nbytes)} of state",
             f"CPU slab {short_nbytes(self.slab_nbytes)} "
             f"of {short_nbytes(self.cpu_budget_nbytes)} "
             "budget:",
@@ -228,6 +228,7 @@ def make_plan(
 
     Raises BudgetError with the itemised sum and the smallest budget that would do.
     """
+    specs = [spec.aligned(fmt) for spec in specs]
     tile_numel = min(policy.optimizer.tile_numel, max(spec.numel for spec in specs))
     while tile_numel > _MIN_TILE_NUMEL:  # the tiles take at most an eighth of the budget
         if tile_buffer_nbytes(tile_numel) * 8 <= policy.tiers.cpu.budget:
@@ -235,7 +236,7 @@ def make_plan(
         tile_numel //= 2
     while True:
         try:
-            tile = round_up(tile_numel, NUMEL_MULTIPLE)
+            tile = round_up(tile_numel, fmt.numel_multiple)
             return _Planner(tuple(specs), fmt, policy, host_compute, tile).plan()
         except BudgetError:
             if tile_numel <= _MIN_TILE_NUMEL:
@@ -316,8 +317,8 @@ class _Planner:
         nvme = self.policy.tiers.nvme
         if nvme is None or not nvme.checksum:
             return 0
-        itemsize = min(self.fmt.itemsize(p) for p in self.fmt.state_planes + self.fmt.grad_planes)
-        return math.gcd(CHECKSUM_NBYTES, self.tile_numel * itemsize)
+        planes = self.fmt.state_planes + self.fmt.grad_planes
+        return math.gcd(CHECKSUM_NBYTES, *(self.fmt.nbytes(p, self.tile_numel) for p in planes))
 
     # Everything in RAM: no file is ever opened.
 

@@ -13,7 +13,7 @@ from offload import io
 from offload.chunk import Chunk
 from offload.engine import Engine
 from offload.errors import StateError
-from offload.formats import Plane, join_master
+from offload.formats import SCALE_PLANES, Plane, join_master
 from offload.slots import Slab
 
 
@@ -25,14 +25,16 @@ class PlaneReader:
         self._last: tuple[tuple[int, tuple[int, ...]], torch.Tensor] | None = None
 
     def _read(self, chunk: Chunk, plane: Plane) -> torch.Tensor:
-        """A copy of one whole plane (numel,). Memory: the plane, twice for a moment where it lies
-        on NVMe.
+        """A copy of all items of a plane. Memory: the plane, twice for a moment where it lies on
+        NVMe.
         """
-        engine, dtype = self._engine, self._engine.plan.fmt.dtypes[plane]
+        engine, fmt = self._engine, self._engine.plan.fmt
+        dtype = fmt.dtypes[plane]
         with engine.lock:
             engine.finish_update(chunk, wait=True)
             if plane in chunk.pinned:
-                return chunk.pinned[plane].view(dtype, chunk.spec.numel).clone()
+                num_items = fmt.num_items(plane, chunk.spec.numel)
+                return chunk.pinned[plane].view(dtype, num_items).clone()
             with self._staging(chunk, plane) as buffer:
                 engine.move_plane(io.READ, chunk, plane, buffer.data_ptr())
                 return buffer.view(dtype).clone()
@@ -96,13 +98,13 @@ class PlaneReader:
         return self._last[1][param.offset : param.offset + param.numel].view(param.shape).clone()
 
     def state(self, chunk: Chunk, position: int) -> dict[str, torch.Tensor]:
-        """Copies of one parameter's planes by name, in the parameter's shape."""
-        param = chunk.spec.params[position]
-        place = slice(param.offset, param.offset + param.numel)
-        return {
-            plane.value: self._read(chunk, plane)[place].view(param.shape)
-            for plane in chunk.spec.state_planes(self._engine.plan.fmt)
-        }
+        """Copies of one parameter's planes by name, in the parameter's shape; scales are flat."""
+        param, fmt = chunk.spec.params[position], self._engine.plan.fmt
+        planes = {}
+        for plane in chunk.spec.state_planes(fmt):
+            piece = self._read(chunk, plane)[fmt.items(plane, param.offset, param.numel)]
+            planes[plane.value] = piece if plane in SCALE_PLANES else piece.view(param.shape)
+        return planes
 
     def give_back(self, chunk: Chunk, dtypes: dict[int, torch.dtype]) -> None:
         """Give a chunk's parameters their own memory again, in the dtypes that they came with."""
@@ -172,5 +174,6 @@ class PlaneReader:
         self._write(chunk, Plane.WEIGHT, now)
         if Plane.RESIDUE in chunk.spec.state_planes(self._engine.plan.fmt):
             residue = self._read(chunk, Plane.RESIDUE)
-            residue.view(torch.int16)[changed] = 0  # torch cannot index-write uint16
+            signed = {1: torch.int8, 2: torch.int16}[residue.dtype.itemsize]
+            residue.view(signed)[changed] = 0  # torch cannot index-write uint16
             self._write(chunk, Plane.RESIDUE, residue)

@@ -214,14 +214,21 @@ class TiersPolicy(Section):
 class StatePolicy(Section):
     """Which planes a parameter has, and their dtypes."""
 
-    format: Annotated[Literal["exact", "fp32"], _not_yet("bf16", "int8")] = Field(
-        default="exact", description="exact (bf16 weights with the low bits beside them) or fp32"
+    format: Literal["exact", "fp32", "bf16", "int8"] = Field(
+        default="exact",
+        description="exact (bf16 weights with the low bits beside them), fp32, "
+        "bf16 (as exact, with bf16 moments) or int8 (24-bit weights, 8-bit moments)",
     )
 
 
 class OptimizerPolicy(Section):
-    """When and in what portions optimizer steps run."""
+    """Which optimizer the state is laid out for, and when and in what portions its steps run."""
 
+    kind: Literal["adamw", "sgd", "lion"] = Field(
+        default="adamw",
+        description="adamw, sgd or lion: the optimizer that the loop will create; "
+        "sgd and lion keep no second moment",
+    )
     update: Literal["auto", "eager", "deferred"] = Field(
         default="auto",
         description="auto, eager (overlaps backward, no clipping) "
@@ -255,7 +262,7 @@ class OffloadPolicy(Section):
     tiers: TiersPolicy = Field(description="a mapping with cpu, and gpu and nvme as needed")
     state: StatePolicy = Field(default=StatePolicy(), description="a mapping with format")
     optimizer: OptimizerPolicy = Field(
-        default=OptimizerPolicy(), description="a mapping with update, tile_numel"
+        default=OptimizerPolicy(), description="a mapping with kind, update, tile_numel"
     )
     activations: ActivationsPolicy = Field(
         default=ActivationsPolicy(), description="a mapping with policy, micro_batch"

@@ -44,7 +44,7 @@ def check_same_model(
             "another model. Build the one that the run began with."
         )
     for record, spec in zip(manifest.chunks, specs, strict=True):
-        difference = _difference(record, spec)
+        difference = _difference(record, spec, fmt)
         if difference:
             raise StateError(
                 f"{where}: {difference}. Build the model, and freeze its parameters, as the run "
@@ -52,7 +52,13 @@ def check_same_model(
             )
 
 
-def _difference(record: ChunkRecord, spec: ChunkSpec) -> str:
+def _difference(record: ChunkRecord, spec: ChunkSpec, fmt: StateFormat) -> str:
+    planes = {plane.value for plane in spec.state_planes(fmt)}
+    if set(record.planes) != planes:
+        return (
+            f"chunk {record.name} has the planes {sorted(record.planes)}, this run wants "
+            f"{sorted(planes)} (see optimizer.kind)"
+        )
     if (record.name, record.numel) != (spec.name, spec.numel):
         return f"chunk {record.name} of {record.numel} elements is {spec.name} of {spec.numel} here"
     for old, new in zip(record.params, param_records_of(spec), strict=False):

@@ -19,7 +19,7 @@ from offload.checkpoint import Checkpoint
 from offload.chunk import Chunk
 from offload.errors import StateError
 from offload.export import export_model
-from offload.formats import FORMATS, Plane
+from offload.formats import state_format
 from offload.hooks import Autograd
 from offload.landing import Gradients
 from offload.manifest import Manifest
@@ -58,9 +58,8 @@ def plan_for(model: nn.Module, policy: OffloadPolicy) -> Plan:
     """
     device = policy.tiers.gpu.device
     host = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    return make_plan(
-        partition(model).specs, FORMATS[policy.state.format], policy, host_compute=host
-    )
+    fmt = state_format(policy.state.format, policy.optimizer.kind)
+    return make_plan(partition(model).specs, fmt, policy, host_compute=host)
 
 
 class Session:
@@ -88,11 +87,12 @@ class Session:
         materialise.check_source(model, weights)
         self.timeline = Timeline(TIMELINE_CAPACITY)
         self.device = device or make_device(policy.tiers.gpu.device)
-        fmt, host = FORMATS[policy.state.format], self.device.is_host
+        fmt = state_format(policy.state.format, policy.optimizer.kind)
+        host = self.device.is_host
         try:
             self.plan = make_plan(parts.specs, fmt, policy, host_compute=host)
-            manifest = manifest_to_resume(policy, weights, parts.specs)
-            saved = manifest_to_restore(policy, weights, parts.specs)
+            manifest = manifest_to_resume(policy, weights, self.plan)
+            saved = manifest_to_restore(weights, self.plan)
             self._engine = open_engine(
                 policy, self.plan, parts.params, device=self.device, timeline=self.timeline,
                 poison=poison, manifest=manifest,
@@ -160,8 +160,14 @@ class Session:
 
     def attach(self, optimizer: Any) -> None:
         """Called by an offload optimizer for itself; a later optimizer takes the place of an
-        earlier one.
+        earlier one. Raises StateError where the planes are laid out for another kind.
         """
+        kind = self.policy.optimizer.kind
+        if optimizer.kind != kind:
+            raise StateError(
+                f"offload.{type(optimizer).__name__} was created for a model whose state is laid "
+                f"out for {kind}. Set optimizer.kind: {optimizer.kind} in the policy."
+            )
         self._optimizer = optimizer
         self.gradients.ops_of = self._eager_ops
 
@@ -383,7 +389,7 @@ class Session:
         return export_model(self.model, self._engine.chunks, read, Path(folder))
 
     def _check_state_dict_fits(self, module: nn.Module) -> None:
-        itemsize = self.plan.fmt.itemsize(Plane.WEIGHT)
+        itemsize = self.plan.fmt.weight_dtype.itemsize
         needed = sum(param.numel() for param in module.parameters()) * itemsize
         room = max(self.policy.tiers.cpu.budget - self.plan.slab_nbytes, 0)
         if needed > room:

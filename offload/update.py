@@ -15,46 +15,79 @@ from offload.io import BLOCK_NBYTES, QUEUE_DEPTH
 from offload.slots import Region
 
 NUM_TILES = 12  # one computed, the others keep the drive busy both ways
-_OP = struct.Struct("<qqiidddddddq")
-KERNEL_ADAMW = 0
-FLAG_MAXIMIZE = 1
+_OP = struct.Struct("<qqiiddddddQq")
+RULE_ADAMW, RULE_SGD, RULE_LION = range(3)
+FLAG_MAXIMIZE, FLAG_NESTEROV = 1, 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class AdamWOp:
-    """AdamW on the elements [begin, end) of a chunk; hyperparameters as captured at step()."""
+class Op:
+    """One optimizer step on the elements [begin, end) of a chunk, as captured at step().
+
+    The subclasses add their hyperparameters. `seed` is for stochastic rounding; with the same
+    seed, step and element its random bits are the same.
+    """
 
     begin: int
     end: int
     step: int
     lr: float
-    beta1: float
-    beta2: float
-    eps: float
     weight_decay: float
     maximize: bool = False
     grad_scale: float = 1.0  # multiplies every gradient (clipping)
+    seed: int = 0
+
+    def pack(self) -> bytes:
+        """The native form."""
+        raise NotImplementedError
+
+    def _pack(
+        self, rule: int, beta1: float, beta2: float, eps: float = 0.0, flags: int = 0
+    ) -> bytes:
+        flags |= FLAG_MAXIMIZE if self.maximize else 0
+        hyper = (self.lr, beta1, beta2, eps, self.weight_decay, self.grad_scale)
+        return _OP.pack(self.begin, self.end, rule, flags, *hyper, self.seed, self.step)
 
 
-def pack_ops(ops: Sequence[AdamWOp]) -> bytes:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWOp(Op):
+    """AdamW."""
+
+    beta1: float
+    beta2: float
+    eps: float
+
+    def pack(self) -> bytes:
+        return self._pack(RULE_ADAMW, self.beta1, self.beta2, self.eps)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SGDOp(Op):
+    """SGD; its momentum buffer is the plane exp_avg."""
+
+    momentum: float
+    dampening: float
+    nesterov: bool
+
+    def pack(self) -> bytes:
+        flags = FLAG_NESTEROV if self.nesterov else 0
+        return self._pack(RULE_SGD, self.momentum, self.dampening, flags=flags)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LionOp(Op):
+    """Lion."""
+
+    beta1: float
+    beta2: float
+
+    def pack(self) -> bytes:
+        return self._pack(RULE_LION, self.beta1, self.beta2)
+
+
+def pack_ops(ops: Sequence[Op]) -> bytes:
     """The native form of the ops."""
-    return b"".join(
-        _OP.pack(
-            op.begin,
-            op.end,
-            KERNEL_ADAMW,
-            FLAG_MAXIMIZE if op.maximize else 0,
-            op.lr,
-            op.beta1,
-            op.beta2,
-            op.eps,
-            op.weight_decay,
-            op.grad_scale,
-            0.0,
-            op.step,
-        )
-        for op in ops
-    )
+    return b"".join(op.pack() for op in ops)
 
 
 # fd, offset, nbytes of a piece, and where checksums are kept, the address of its first block's.
@@ -93,9 +126,7 @@ def tile_buffer_nbytes(tile_numel: int) -> int:
 
 def apply_in_ram(fmt_code: int, numel: int, addresses: Sequence[int], ops: bytes) -> None:
     """Run an update here and now on planes that all lie in RAM (address 0: the plane is absent)."""
-    weight, residue, exp_avg, exp_avg_sq, grad, grad_lo = addresses
-    planes = (weight, residue, exp_avg, exp_avg_sq, grad, grad_lo)
-    _native.apply_ops(fmt_code, numel, planes, ops)
+    _native.apply_ops(fmt_code, numel, tuple(addresses), ops)
 
 
 class UpdatePipeline:

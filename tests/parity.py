@@ -26,8 +26,8 @@ import offload
 Record = dict[str, str]
 
 FORMATS = ("fp32", "exact")
-COMPUTE_DTYPE = {"fp32": torch.float32, "exact": torch.bfloat16}
-STATE_PLANES = ("weight", "residue", "exp_avg", "exp_avg_sq")
+COMPUTE_DTYPE = {name: torch.bfloat16 for name in twins.DTYPES} | {"fp32": torch.float32}
+STATE_PLANES = twins.PLANE_NAMES[:6]
 TILE_NUMEL = 4096
 VECTOR_NUMEL = 16  # fp32 elements that torch's widest fused kernel takes at once
 
@@ -203,14 +203,14 @@ def record_rest(record: Record, model: nn.Module) -> None:
 
 
 def train(
-    engine: Any, entry: ZooModel, recipe: Recipe, format: str, *, grads: bool = True
-) -> Result:
+    engine: Any, entry: ZooModel, recipe: Recipe, format: str, *, grads: bool = True,
+    make: Callable[..., torch.optim.Optimizer] | None = None,
+) -> Result:  # fmt: skip
     """The user's loop, inside the context. `grads` reads the first step's gradients (not with eager
-    updates).
+    updates), `make` makes another optimizer than AdamW.
     """
     model, result = engine.model, Result({})
-    groups = param_groups(model, recipe)
-    optimizer = offload.AdamW(groups)
+    optimizer = (make or offload.AdamW)(param_groups(model, recipe))
     scheduler = make_scheduler(optimizer, recipe)
     for step, micro, batch in micro_steps(entry, recipe, COMPUTE_DTYPE[format]):
         loss = entry.loss(model, batch)
@@ -253,10 +253,12 @@ def record_state(record: Record, engine: Any) -> None:
 
 
 def master(planes: dict[str, Tensor]) -> Tensor:
-    """The fp32 master in engine.state(): upper = weight - (residue >= 0x8000)."""
+    """The master in engine.state(): upper = weight - (residue >= 0x8000), or 24 bits of it."""
     if "residue" not in planes:
         return planes["weight"].float()
     weight = planes["weight"].contiguous().view(torch.int16).int()
+    if planes["residue"].dtype is torch.int8:
+        return ((weight << 16) + (planes["residue"].int() << 8)).view(torch.float32)
     residue = planes["residue"].contiguous().view(torch.int16).int() & 0xFFFF
     upper = (weight - (residue >= 0x8000).int()) & 0xFFFF
     return ((upper << 16) | residue).view(torch.float32)
@@ -318,7 +320,7 @@ class PlainAdamW:
     def compute_weight(self, name: str, p: Tensor) -> Tensor:
         weight = self.state[name]["weight"]
         tensor = torch.from_numpy(weight.copy())
-        return (tensor.view(torch.bfloat16) if self.format == "exact" else tensor).view(p.shape)
+        return (tensor if self.format == "fp32" else tensor.view(torch.bfloat16)).view(p.shape)
 
     def step(self, grads: dict[str, Tensor | None], scale: float) -> None:
         """One AdamW step; parameters without a gradient are skipped as torch skips them."""
@@ -379,6 +381,7 @@ def run_plain(
     *,
     norms: list[float] | None = None,
     model: nn.Module | None = None,
+    make: Callable[[nn.Module, Recipe, str], "PlainAdamW"] | None = None,
 ) -> Result:
     """Train one zoo model in plain torch, all in memory, checkpointing off.
 
@@ -386,7 +389,7 @@ def run_plain(
     the order of a sum.
     """
     model = prepare(entry.make_model(), recipe, format) if model is None else model
-    optimizer = PlainAdamW(model, recipe, format)
+    optimizer = (make or PlainAdamW)(model, recipe, format)
     result, total = Result({}), {}
     for step, micro, batch in micro_steps(entry, recipe, COMPUTE_DTYPE[format]):
         loss = entry.loss(model, batch)

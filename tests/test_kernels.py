@@ -58,13 +58,13 @@ def unaligned(array: npt.NDArray) -> npt.NDArray:
 
 def native_split(master: twins.F32, isa: str) -> tuple[twins.U16, twins.U16]:
     weight, residue = np.empty(master.size, np.uint16), np.empty(master.size, np.uint16)
-    _native.split_fp32(address(master), address(weight), address(residue), master.size, isa)
+    _native.split_fp32(address(master), address(weight), address(residue), master.size, 2, isa)
     return weight, residue
 
 
 def native_join(weight: twins.U16, residue: twins.U16 | None, isa: str) -> twins.F32:
     master = np.empty(weight.size, np.float32)
-    _native.join_fp32(address(weight), address(residue), address(master), weight.size, isa)
+    _native.join_fp32(address(weight), address(residue), address(master), weight.size, 2, isa)
     return master
 
 
@@ -103,8 +103,9 @@ def test_split_and_join_are_inverse_on_all_patterns(isa: str):
     weight, residue = (np.empty(patterns.size, np.uint16) for _ in range(2))
     joined = np.empty(patterns.size, np.uint32)
     for begin in range(0, 1 << 32, patterns.size):
-        _native.split_fp32(address(patterns), address(weight), address(residue), patterns.size, isa)
-        _native.join_fp32(address(weight), address(residue), address(joined), patterns.size, isa)
+        halves = address(weight), address(residue)
+        _native.split_fp32(address(patterns), *halves, patterns.size, 2, isa)
+        _native.join_fp32(*halves, address(joined), patterns.size, 2, isa)
         assert np.array_equal(joined, patterns), hex(begin)
         patterns += np.uint32(patterns.size)  # wraps after the last round
 
@@ -259,12 +260,13 @@ class State:
 
 def native_fp32(planes: list[twins.F32], ops: list[AdamWOp], isa: str = "auto") -> None:
     weight, exp_avg, exp_avg_sq, grad = (address(plane) for plane in planes)
-    addresses = (weight, 0, exp_avg, exp_avg_sq, grad, 0)
+    addresses = (weight, 0, exp_avg, exp_avg_sq, 0, 0, grad, 0)
     _native.apply_ops(0, planes[0].size, addresses, twins.pack_ops(ops), isa)
 
 
 def native_exact(planes: list[npt.NDArray | None], ops: list[AdamWOp], isa: str = "auto") -> None:
-    addresses = tuple(address(plane) for plane in planes)
+    addresses = [address(plane) for plane in planes]
+    addresses = (*addresses[:4], 0, 0, *addresses[4:])
     _native.apply_ops(1, planes[0].size, addresses, twins.pack_ops(ops), isa)
 
 
@@ -344,9 +346,9 @@ def test_malformed_ops_are_refused():
     with pytest.raises(ValueError, match="step"):
         native_fp32(planes, [AdamWOp(end=16, step=0)])
     with pytest.raises(ValueError, match="88-byte"):
-        _native.apply_ops(0, 16, (1, 0, 1, 1, 1, 0), b"x" * 87)
+        _native.apply_ops(0, 16, (1, 0, 1, 1, 0, 0, 1, 0), b"x" * 87)
     with pytest.raises(ValueError, match="plane residue is missing"):
-        _native.apply_ops(1, 16, (1, 0, 1, 1, 1, 0), AdamWOp(end=16).pack())
+        _native.apply_ops(1, 16, (1, 0, 1, 1, 0, 0, 1, 0), AdamWOp(end=16).pack())
 
 
 # --- torch.optim.AdamW(fused=True) --------------------------------------------------------------

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from twins import AdamWOp
+from twins import AdamWOp, LionOp, Op, SGDOp
 from update_rig import (
     EXACT,
+    FORMAT_NAMES,
     FP32,
+    INT8,
     PLACES,
     STATE,
+    TILE_MULTIPLE,
     Chunk,
     Disk,
     Home,
@@ -54,13 +57,25 @@ def disks(nvme_dir: Path) -> Iterator[Disk]:
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
-@pytest.mark.parametrize("fmt", [FP32, EXACT], ids=["fp32", "exact"])
+@pytest.mark.parametrize("fmt", range(len(FORMAT_NAMES)), ids=FORMAT_NAMES)
 @pytest.mark.parametrize("place", PLACES)
 def test_one_op_over_a_chunk(backend: str, fmt: int, place: str, disk: Disk):
     rng = np.random.default_rng(0)
-    chunk = Chunk(fmt, 7 * 4096, rng)
+    tile_numel = TILE_MULTIPLE[fmt]
+    chunk = Chunk(fmt, (7 if tile_numel == 4096 else 2) * tile_numel, rng)
     chunk.place_all(place, disk, rng)
-    run_one(backend, chunk, [AdamWOp(end=chunk.numel)], disk)
+    run_one(backend, chunk, [AdamWOp(end=chunk.numel, seed=3)], disk, tile_numel=tile_numel)
+
+
+@pytest.mark.parametrize("op", [SGDOp(end=8192), LionOp(end=8192)], ids=["sgd", "lion"])
+def test_rules_without_a_second_moment_need_no_plane_for_it(backend: str, op: Op, disk: Disk):
+    rng = np.random.default_rng(1)
+    chunk = Chunk(EXACT, 8192, rng)
+    del chunk.dtypes["exp_avg_sq"], chunk.expected["exp_avg_sq"]
+    chunk.place_all("file", disk, rng)
+    run_one(backend, chunk, [op], disk)
+    with pipeline(backend) as worker, pytest.raises(ValueError, match="exp_avg_sq is missing"):
+        chunk.submit(worker, 1, [AdamWOp(end=8192)])
 
 
 @pytest.mark.parametrize("num_tiles", [1, 2, 3, 4])
@@ -76,18 +91,21 @@ def test_tiles_of_any_size_and_number(backend: str, num_tiles: int, tile_numel: 
 @pytest.mark.parametrize("seed", range(25))
 def test_mixed_places_stripes_and_holes(backend: str, seed: int, disks: Disk):
     rng = np.random.default_rng(seed)
-    numel = 4096 * int(rng.integers(1, 20))
-    chunk = Chunk(int(rng.integers(0, 2)), numel, rng, with_low=bool(rng.integers(0, 2)))
+    fmt = int(rng.integers(0, len(FORMAT_NAMES)))
+    multiple = TILE_MULTIPLE[fmt]
+    numel = multiple * int(rng.integers(1, 20 if multiple == 4096 else 4))
+    chunk = Chunk(fmt, numel, rng, with_low=bool(rng.integers(0, 2)))
     for name in chunk.dtypes:
         # A grad is never written, so the places that differ in their writes are one to it.
         places = PLACES if name in STATE else PLACES[:3]
         chunk.place(name, str(rng.choice(places)), disks, rng)
     options = {
         "num_tiles": int(rng.integers(1, 5)),
-        "tile_numel": 4096 * int(rng.integers(1, 6)),
+        "tile_numel": multiple * int(rng.integers(1, 6)),
         "isa": str(rng.choice(_native.supported_isas())),
     }
-    run_one(backend, chunk, random_ops(numel, rng), disks, **options)
+    ops = random_ops(numel, rng, multiple=32 if fmt == INT8 else 1)
+    run_one(backend, chunk, ops, disks, **options)
 
 
 def test_tiles_without_an_op_move_only_the_weight_that_is_fetched(backend: str, disk: Disk):
@@ -284,18 +302,20 @@ def test_impossible_settings_are_refused(change: dict[str, int | str], message: 
 
 
 RAM = (4096, None, None)
+NO_SCALES = (None, None)
 FILE = (0, [(0, 0, 4 * 4096)], [(0, 0, 4 * 4096)])
 
 
 @pytest.mark.parametrize(
     ("planes", "message"),
     [
-        ((None, None, RAM, RAM, RAM, None), "weight is missing"),
-        ((RAM, RAM, RAM, RAM, RAM, None), "residue is not part"),
-        (((0, None, None), None, RAM, RAM, RAM, None), "weight needs an address"),
-        (((0, FILE[1], None), None, RAM, RAM, RAM, None), "would be lost"),
-        ((RAM, None, RAM, RAM, FILE, None), "grad is never written"),
-        ((RAM, None, (0, [(0, 0, 4096)], FILE[2]), RAM, RAM, None), "do not add up"),
+        ((None, None, RAM, RAM, *NO_SCALES, RAM, None), "weight is missing"),
+        ((RAM, RAM, RAM, RAM, *NO_SCALES, RAM, None), "residue is not part"),
+        ((RAM, None, RAM, RAM, RAM, None, RAM, None), "exp_avg_scale is not part"),
+        (((0, None, None), None, RAM, RAM, *NO_SCALES, RAM, None), "weight needs an address"),
+        (((0, FILE[1], None), None, RAM, RAM, *NO_SCALES, RAM, None), "would be lost"),
+        ((RAM, None, RAM, RAM, *NO_SCALES, FILE, None), "grad is never written"),
+        ((RAM, None, (0, [(0, 0, 4096)], FILE[2]), RAM, *NO_SCALES, RAM, None), "do not add up"),
         ((RAM, None, RAM, RAM, RAM), "planes must be"),
     ],
 )
@@ -304,7 +324,9 @@ def test_impossible_jobs_are_refused(planes: tuple, message: str):
         with pytest.raises(ValueError, match=message):
             worker.submit(1, FP32, 4096, planes, AdamWOp(end=4096).pack())
         with pytest.raises(ValueError, match="numel"):
-            worker.submit(1, FP32, 4095, (RAM, None, RAM, RAM, RAM, None), b"")
+            worker.submit(1, FP32, 4095, (RAM, None, RAM, RAM, *NO_SCALES, RAM, None), b"")
+        with pytest.raises(ValueError, match="multiples of 65536"):
+            worker.submit(1, INT8, 65536, (None,) * 8, b"")  # the tiles are too small
         with pytest.raises(ValueError, match="format"):
-            worker.submit(1, 2, 4096, (RAM, None, RAM, RAM, RAM, None), b"")
+            worker.submit(1, 4, 4096, (RAM, None, RAM, RAM, *NO_SCALES, RAM, None), b"")
         assert worker.wait(0.01) == []

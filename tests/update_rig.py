@@ -16,15 +16,11 @@ from twins import AdamWOp
 
 from offload import _native
 
-PLANES = ("weight", "residue", "exp_avg", "exp_avg_sq", "grad", "grad_lo")
-STATE = PLANES[:4]
-DTYPES = {
-    0: dict(zip(PLANES, (np.float32, None, np.float32, np.float32, np.float32, None), strict=True)),
-    1: dict(
-        zip(PLANES, (np.uint16, np.uint16, np.float32, np.float32) + (np.uint16,) * 2, strict=True)
-    ),
-}
-FP32, EXACT = 0, 1
+PLANES = twins.PLANE_NAMES
+STATE = PLANES[:6]
+FORMAT_NAMES = tuple(twins.DTYPES)
+FP32, EXACT, BF16, INT8 = range(4)
+TILE_MULTIPLE = (4096, 4096, 4096, 65536)  # by format
 PAGE = 4096
 
 Segments = list[tuple[int, int, int]]
@@ -177,19 +173,13 @@ class Chunk:
 
     def __init__(self, fmt: int, numel: int, rng: np.random.Generator, *, with_low: bool = True):
         self.fmt, self.numel = fmt, numel
-        self.dtypes = {name: dtype for name, dtype in DTYPES[fmt].items() if dtype is not None}
+        self.dtypes = dict(twins.DTYPES[FORMAT_NAMES[fmt]])
         if not with_low:
             self.dtypes.pop("grad_lo", None)
-        self.expected = {name: self._random(name, rng) for name in self.dtypes}
+        self.expected = random_planes(FORMAT_NAMES[fmt], numel, rng)
+        if not with_low:
+            self.expected.pop("grad_lo", None)
         self.homes: dict[str, Home] = {}
-
-    def _random(self, name: str, rng: np.random.Generator) -> npt.NDArray:
-        values = (rng.standard_normal(self.numel) * 10.0 ** rng.uniform(-6, 1)).astype(np.float32)
-        if name == "exp_avg_sq":
-            values *= values
-        if self.dtypes[name] == np.uint16:
-            return twins.split_fp32(values)[name in ("residue", "grad_lo")]
-        return values
 
     def place(self, name: str, place: str, disk: Disk | None, rng: np.random.Generator) -> None:
         """Put the plane's current content where `place` says."""
@@ -207,7 +197,7 @@ class Chunk:
             memory = aligned_copy(content)
         elif place.startswith("slot"):
             memory = pages(content.nbytes).view(content.dtype)
-            memory[:] = 0xEE
+            memory.view(np.uint8)[:] = 0xEE
         if place == "slot from file" or not is_state:
             write = None
         if place == "slot to file":
@@ -229,15 +219,8 @@ class Chunk:
         """Submit the job, and let the twins do the same."""
         planes = tuple(self.homes[n].argument if n in self.homes else None for n in PLANES)
         worker.submit(tag, self.fmt, self.numel, planes, twins.pack_ops(ops))
-        e = self.expected
         for op in ops:
-            if self.fmt == FP32:
-                twins.adamw_fp32(e["weight"], e["exp_avg"], e["exp_avg_sq"], e["grad"], op)
-            else:
-                twins.adamw_exact(
-                    e["weight"], e["residue"], e["exp_avg"], e["exp_avg_sq"], e["grad"],
-                    e.get("grad_lo"), op,
-                )  # fmt: skip
+            twins.update(FORMAT_NAMES[self.fmt], self.expected, op)
 
     def check(self, disk: Disk | None, touched: npt.NDArray[np.bool_] | None = None) -> None:
         """All that the worker should have written has the twins' bits, in memory and in files.
@@ -248,7 +231,7 @@ class Chunk:
             want = self.expected[name]
             if home.memory is not None:
                 is_whole = touched is None or home.read is None or name == "weight"
-                part = slice(None) if is_whole else touched
+                part = slice(None) if is_whole else items_in(name, touched)
                 assert home.memory[part].tobytes() == want[part].tobytes(), f"{name} in memory"
             if home.write is not None:
                 got = disk.read(home.write, want.dtype)
@@ -260,10 +243,38 @@ class Chunk:
         for name, home in self.homes.items():
             itemsize = np.dtype(self.dtypes[name]).itemsize
             is_fetch = name == "weight" and home.memory is not None
-            numel = self.numel if is_fetch else int(touched.sum())
-            read += 0 if home.read is None else numel * itemsize
-            write += 0 if home.write is None else int(touched.sum()) * itemsize
+            num_touched = int(items_in(name, touched).sum())
+            read += 0 if home.read is None else (self.numel if is_fetch else num_touched) * itemsize
+            write += 0 if home.write is None else num_touched * itemsize
         return read, write
+
+
+def random_planes(
+    format: str, numel: int, rng: np.random.Generator, decades: tuple[float, float] = (-6, 1)
+) -> twins.Planes:
+    """Planes of a format around random values, of one magnitude each."""
+
+    def values() -> twins.F32:
+        return (rng.standard_normal(numel) * 10.0 ** rng.uniform(*decades)).astype(np.float32)
+
+    planes = {
+        name: np.zeros(twins.items_of(name, 0, numel).stop, dtype)
+        for name, dtype in twins.DTYPES[format].items()
+    }
+    twins.store_master(format, planes, values())
+    words = rng.integers(0, 2**32, numel, dtype=np.uint32)
+    twins.store_exp_avg(format, planes, values(), words)
+    twins.store_exp_avg_sq(format, planes, np.square(values()), words)
+    if format == "fp32":
+        planes["grad"][:] = values()
+    else:
+        planes["grad"][:], planes["grad_lo"][:] = twins.split_fp32(values())
+    return planes
+
+
+def items_in(name: str, touched: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Which items of a plane belong to touched elements."""
+    return touched[:: twins.GROUP] if "scale" in name else touched
 
 
 def touched_by(ops: list[AdamWOp], numel: int, tile_numel: int) -> npt.NDArray[np.bool_]:
@@ -276,13 +287,16 @@ def touched_by(ops: list[AdamWOp], numel: int, tile_numel: int) -> npt.NDArray[n
     return touched
 
 
-def random_ops(numel: int, rng: np.random.Generator, step: int = 1) -> list[AdamWOp]:
+def random_ops(
+    numel: int, rng: np.random.Generator, step: int = 1, multiple: int = 1
+) -> list[AdamWOp]:
     """Ranges with holes between them, some on tile boundaries, each with its hyperparameters."""
-    cuts = np.unique(np.concatenate([rng.integers(0, numel + 1, 6), [4096, numel // 4096 * 4096]]))
+    cuts = np.concatenate([rng.integers(0, numel + 1, 6), [4096, numel // 4096 * 4096]])
+    cuts = np.unique(cuts // multiple * multiple)
     return [
         AdamWOp(
             begin=int(begin), end=int(end), step=step + i, lr=10.0 ** -(2 + i),
-            weight_decay=0.1 * (i % 2), maximize=i == 1, grad_scale=[1.0, 0.3][i % 2],
+            weight_decay=0.1 * (i % 2), maximize=i == 1, grad_scale=[1.0, 0.3][i % 2], seed=i,
         )
         for i, (begin, end) in enumerate(itertools.pairwise(cuts))
         if i % 3 != 2

@@ -1,0 +1,85 @@
+// The arithmetic of the optimizers on 16 elements in fp32, included by kernels_body.h. A rule has
+// kHasSquares (whether it uses exp_avg_sq) and step(); its scalars are in every lane, so that a
+// loop keeps them in registers.
+
+// The shape of every line is that of torch's fused CPU kernel, and so is which multiply-adds are
+// fused: lerp and the second moment are, the update of the weight is not. This was found by trying
+// all combinations against torch 2.13 (its AVX2 and AVX-512 code agree). torch adds elements beyond
+// the last full vector of a tensor in other precision; those can differ from here by one unit in
+// the last place.
+template <bool kLerpFromGrad>
+struct AdamwRule {
+  static constexpr bool kHasSquares = true;
+  Lanes grad_scale, decay, lerp, beta2, grad_sq_weight, correction_sqrt, eps, step_size;
+
+  explicit AdamwRule(const AdamwScalars& s)
+      : grad_scale(broadcast(s.grad_scale)),
+        decay(broadcast(s.decay)),
+        lerp(broadcast(kLerpFromGrad ? s.lerp_weight - 1.0f : s.lerp_weight)),
+        beta2(broadcast(s.beta2)),
+        grad_sq_weight(broadcast(s.grad_sq_weight)),
+        correction_sqrt(broadcast(s.correction_sqrt)),
+        eps(broadcast(s.eps)),
+        step_size(broadcast(s.step_size)) {}
+
+  void step(Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes& exp_avg_sq) const {
+    grad = mul(grad, grad_scale);
+    weight = mul(weight, decay);
+    exp_avg = fma(lerp, sub(grad, exp_avg), kLerpFromGrad ? grad : exp_avg);
+    exp_avg_sq = fma(mul(grad_sq_weight, grad), grad, mul(exp_avg_sq, beta2));
+    const Lanes denominator = add(div(sqrt(exp_avg_sq), correction_sqrt), eps);
+    weight = add(weight, div(mul(step_size, exp_avg), denominator));
+  }
+};
+
+// torch.optim.SGD: every multiply-add is fused there, in its fused, foreach and plain code alike.
+struct SgdRule {
+  static constexpr bool kHasSquares = false;
+  Lanes grad_scale, weight_decay, momentum, grad_weight, negative_lr;
+  bool has_weight_decay, has_momentum, is_first, nesterov;
+
+  explicit SgdRule(const SgdScalars& s)
+      : grad_scale(broadcast(s.grad_scale)),
+        weight_decay(broadcast(s.weight_decay)),
+        momentum(broadcast(s.momentum)),
+        grad_weight(broadcast(s.grad_weight)),
+        negative_lr(broadcast(s.negative_lr)),
+        has_weight_decay(s.weight_decay != 0.0f),
+        has_momentum(s.momentum != 0.0f),
+        is_first(s.is_first),
+        nesterov(s.nesterov) {}
+
+  void step(Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes&) const {
+    grad = mul(grad, grad_scale);
+    if (has_weight_decay) {
+      grad = fma(weight, weight_decay, grad);
+    }
+    if (has_momentum) {
+      exp_avg = is_first ? grad : fma(grad, grad_weight, mul(exp_avg, momentum));
+      grad = nesterov ? fma(exp_avg, momentum, grad) : exp_avg;
+    }
+    weight = fma(grad, negative_lr, weight);
+  }
+};
+
+// Lion (arXiv 2302.06675), rounded as its authors' PyTorch code is.
+struct LionRule {
+  static constexpr bool kHasSquares = false;
+  Lanes grad_scale, decay, beta1, grad_weight1, beta2, grad_weight2, negative_lr;
+
+  explicit LionRule(const LionScalars& s)
+      : grad_scale(broadcast(s.grad_scale)),
+        decay(broadcast(s.decay)),
+        beta1(broadcast(s.beta1)),
+        grad_weight1(broadcast(s.grad_weight1)),
+        beta2(broadcast(s.beta2)),
+        grad_weight2(broadcast(s.grad_weight2)),
+        negative_lr(broadcast(s.negative_lr)) {}
+
+  void step(Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes&) const {
+    grad = mul(grad, grad_scale);
+    const Lanes direction = sign(fma(grad, grad_weight1, mul(exp_avg, beta1)));
+    weight = fma(direction, negative_lr, mul(weight, decay));
+    exp_avg = fma(grad, grad_weight2, mul(exp_avg, beta2));
+  }
+};
