@@ -45,9 +45,12 @@ TRAFFIC = {
     "deepspeed fp32": 28,
     "streams exact": 26,
     "offload exact": 26,
+    "offload bf16": 18,
+    "offload int8": 12.25,
     "torch fp32 + bf16 copy": 34,
     "deepspeed fp32 + bf16 copy": 34,
 }
+GROUP_NUMEL = 32  # elements of int8 that share a scale
 RATIOS = (  # (faster if above 1, than which)
     ("offload fp32", "streams fp32"),
     ("offload exact", "streams exact"),
@@ -55,6 +58,8 @@ RATIOS = (  # (faster if above 1, than which)
     ("offload fp32", "deepspeed fp32"),
     ("offload exact", "torch fp32 + bf16 copy"),
     ("offload exact", "deepspeed fp32 + bf16 copy"),
+    ("offload bf16", "offload exact"),
+    ("offload int8", "offload exact"),
 )
 STREAMS_SOURCE = """
 #include <cstddef>
@@ -83,10 +88,11 @@ INTRODUCTION = """
 In place, on the same planes for every case, which lie on huge pages. GB/s counts what a case must
 read and write: fp32 reads 16 and writes 12 bytes per parameter, `exact` (bf16 weight and gradient,
 16 low bits, fp32 moments) reads 14 and writes 12; `+ bf16 copy` reads the fp32 weights once more
-and writes 2. `streams` is the limit: the same planes, read and written in the same order by a loop
-with almost no arithmetic. `memcpy` reads 14 and writes 14 bytes elsewhere; the processor may read
-what it overwrites before it does so, which is not counted. Speeds are ratios within a round, and
-above 1 where the first is faster.
+and writes 2; `bf16` reads 10 and writes 8, `int8` reads 7.125 and writes 5.125, and computes more.
+`streams` is the limit: the same planes, read and written in the same order by a loop with almost no
+arithmetic. `memcpy` reads 14 and writes 14 bytes elsewhere; the processor may read what it
+overwrites before it does so, which is not counted. Speeds are ratios within a round, and above 1
+where the first is faster.
 """
 
 Rounds = list[dict[str, float]]
@@ -166,7 +172,7 @@ class Planes:
         from offload.slots import Slab
 
         self.numel = numel
-        self._slab = Slab(50 * numel)
+        self._slab = Slab(58 * numel)
 
         def carve(name: str, dtype: Any, times: int = 1) -> Any:
             nbytes = numel * times * dtype.itemsize
@@ -174,13 +180,24 @@ class Planes:
 
         fp32, bf16 = torch.float32, torch.bfloat16
         torch.manual_seed(0)
-        self.master = carve("master", fp32).normal_(std=0.02)
-        self.exp_avg = carve("exp_avg", fp32).normal_(std=1e-3)
-        self.exp_avg_sq = carve("exp_avg_sq", fp32).uniform_(0, 1e-5)
-        self.grad = carve("grad", fp32).normal_(std=1e-3)
+        row = torch.randn(1 << 20)  # repeated: drawing all of them would take most of the time
+
+        def fill(name: str, values: Any) -> Any:
+            plane = carve(name, fp32)
+            plane.view(-1, row.numel()).copy_(values)
+            return plane
+
+        self.master = fill("master", row * 0.02)
+        self.exp_avg = fill("exp_avg", row * 1e-3)
+        self.exp_avg_sq = fill("exp_avg_sq", row.square() * 1e-5)
+        self.grad = fill("grad", row.flip(0) * 1e-3)
         self.weight = carve("weight", bf16).copy_(self.master)
         self.residue = carve("residue", torch.uint16).zero_()
         self.grad16 = carve("grad16", bf16).copy_(self.grad)
+        self.exp_avg16 = carve("exp_avg16", bf16).zero_()  # bf16, and the bytes of int8
+        self.exp_avg_sq16 = carve("exp_avg_sq16", bf16).zero_()
+        self.scale = carve("scale", bf16).zero_()  # larger than need be
+        self.scale_sq = carve("scale_sq", bf16).zero_()
         self.source = carve("source", torch.uint8, 14).zero_()
         self.target = carve("target", torch.uint8, 14).zero_()
 
@@ -208,6 +225,9 @@ def native_cases(planes: Planes, num_threads: int, isa: str) -> dict[str, Callab
     exact = planes.addresses("weight", "residue", "exp_avg", "exp_avg_sq", "grad16")
     source, target = planes.addresses("source")[0][0], planes.addresses("target")[0][0]
     streams = compile_streams()
+    lossy = planes.addresses("exp_avg16", "exp_avg_sq16")
+    int8 = [(base, 1) for base, _ in planes.addresses("residue", "exp_avg16", "exp_avg_sq16")]
+    scales = [(base, 2 / GROUP_NUMEL) for base, _ in planes.addresses("scale", "scale_sq")]
     absent = (0, 0)
     no_scales = (absent, absent)
 
@@ -220,6 +240,8 @@ def native_cases(planes: Planes, num_threads: int, isa: str) -> dict[str, Callab
         "streams exact": stream_part(streams.streams_exact, exact),
         "offload fp32": kernel_part(0, [fp32[0], absent, *fp32[1:3], *no_scales, fp32[3]], isa),
         "offload exact": kernel_part(1, [*exact[:4], *no_scales, exact[4]], isa),
+        "offload bf16": kernel_part(2, [*exact[:2], *lossy, *no_scales, exact[4]], isa),
+        "offload int8": kernel_part(3, [exact[0], *int8, *scales, exact[4]], isa),
     }
 
     def on_all_threads(part: Part) -> Callable[[], None]:
@@ -236,7 +258,7 @@ def stream_part(function: Any, rows: Sequence[tuple[int, int]]) -> Part:
     return part
 
 
-def kernel_part(code: int, rows: Sequence[tuple[int, int]], isa: str) -> Part:
+def kernel_part(code: int, rows: Sequence[tuple[int, float]], isa: str) -> Part:
     from offload import _native
     from offload.update import AdamWOp, pack_ops
 
@@ -245,7 +267,7 @@ def kernel_part(code: int, rows: Sequence[tuple[int, int]], isa: str) -> Part:
 
     def part(begin: int, end: int) -> None:
         op = AdamWOp(begin=0, end=end - begin, step=10, beta1=beta1, beta2=beta2, **rest)
-        addresses = (*(base + begin * itemsize for base, itemsize in rows), 0)  # no grad_lo
+        addresses = (*(base + int(begin * itemsize) for base, itemsize in rows), 0)  # no grad_lo
         _native.apply_ops(code, end - begin, addresses, pack_ops([op]), isa)
 
     return part
