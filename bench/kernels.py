@@ -4,7 +4,7 @@
     python bench/kernels.py --deepspeed-python ENV/bin/python
 
 One process per number of threads holds one set of planes on huge pages, and every round runs every
-case once on them, beginning with another one. The limit is `streams`: a loop that reads and writes
+case once on them, in an order of its own. The limit is `streams`: a loop that reads and writes
 the very same planes, in place and in the same order, with almost no arithmetic. `memcpy` moves as
 many bytes as fp32 AdamW (28 per parameter: 14 read, 14 written) and shows what the limit is worth.
 Ratios are taken within a round, because the speed of a machine drifts.
@@ -18,6 +18,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import shlex
 import statistics
 import subprocess
@@ -147,13 +148,13 @@ def work(options: argparse.Namespace, num_threads: int) -> dict[str, Any]:
         cases[name]()  # builds state, touches code
     rounds: Rounds = []
     for index in range(options.rounds):
-        shift = index % len(names)  # nobody always runs right after the same neighbour
+        order = random.Random(index).sample(names, len(names))  # what ran before matters
         row = {}
-        for name in names[shift:] + names[:shift]:
+        for name in order:
             start = time.perf_counter()
             cases[name]()
             row[name] = time.perf_counter() - start
-        rounds.append(row)
+        rounds.append({name: row[name] for name in names})
     isa = _native.isa() if options.isa == "auto" else options.isa
     about = {"torch": torch.__version__, "isa": isa}
     if options.deepspeed_python is not None:
