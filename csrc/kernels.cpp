@@ -269,6 +269,8 @@ SgdScalars sgd_scalars(const StepHyper& hyper) {
   scalars.momentum = static_cast<float>(hyper.beta1);
   scalars.grad_weight = static_cast<float>(1.0 - hyper.beta2);
   scalars.negative_lr = static_cast<float>(-hyper.lr);
+  scalars.has_weight_decay = hyper.weight_decay != 0.0;
+  scalars.has_momentum = hyper.beta1 != 0.0;
   scalars.is_first = hyper.step == 1;
   scalars.nesterov = hyper.nesterov;
   return scalars;

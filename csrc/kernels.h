@@ -122,6 +122,8 @@ struct SgdScalars {
   float momentum;
   float grad_weight;  // 1 - dampening
   float negative_lr;
+  bool has_weight_decay;  // in double, as torch asks: the float may be 0
+  bool has_momentum;
   bool is_first;  // then momentum begins as the gradient
   bool nesterov;
 };

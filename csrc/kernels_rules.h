@@ -44,8 +44,8 @@ struct SgdRule {
         momentum(broadcast(s.momentum)),
         grad_weight(broadcast(s.grad_weight)),
         negative_lr(broadcast(s.negative_lr)),
-        has_weight_decay(s.weight_decay != 0.0f),
-        has_momentum(s.momentum != 0.0f),
+        has_weight_decay(s.has_weight_decay),
+        has_momentum(s.has_momentum),
         is_first(s.is_first),
         nesterov(s.nesterov) {}
 

@@ -240,7 +240,7 @@ class OptimizerPolicy(Section):
         le=TILE_NUMEL_MAX,
         multiple_of=TILE_ALIGN_NUMEL,
         description=f"a multiple of {TILE_ALIGN_NUMEL} up to {TILE_NUMEL_MAX}: "
-        "elements that the worker updates at once",
+        "elements that the worker updates at once; int8 rounds it up to 65536",
     )
 
 

@@ -376,5 +376,5 @@ def test_other_norms_are_refused_or_right(nvme_dir: Path) -> None:
 
 
 def test_unknown_format_names_accepted_values(nvme_dir: Path) -> None:
-    for format in ("int8", "bf16"):
-        refused(make_policy(nvme_dir, format=format), offload.PolicyError, "not available yet")
+    for format in ("int4", "fp8"):
+        refused(make_policy(nvme_dir, format=format), offload.PolicyError, "accepted: exact")

@@ -1,6 +1,7 @@
 """The main job: its configuration, and whole runs of a tiny model through the real engine."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -15,10 +16,11 @@ import pytest
 import torch
 from rich.console import Console
 
+import offload
 from offload import finetune, sources
 from offload.data import package_folder
 from offload.errors import NumericsError, PolicyError
-from offload.finetune import rate_share, run
+from offload.finetune import make_optimizer, rate_share, run
 from offload.jobconfig import FinetuneConfig, TrainSection, load_finetune
 from offload.progress import Reporter
 
@@ -305,3 +307,21 @@ def test_the_config_of_a_job_is_a_policy(tmp_path: Path) -> None:
     config = load_finetune(job(tmp_path))
     assert isinstance(config, FinetuneConfig)
     assert config.policy().tiers == config.tiers
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "lion"])
+def test_the_job_makes_the_optimizer_of_the_policy(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, Any]] = []
+    for name in ("AdamW", "SGD", "Lion"):
+        record = functools.partial(lambda who, groups, **hyper: made.append((who, hyper)), name)
+        monkeypatch.setattr(offload, name, record, raising=False)
+    train = TrainSection(steps=1, lr=0.5)
+    make_optimizer(torch.nn.Linear(2, 2), train, kind)
+    want = {
+        "adamw": ("AdamW", {"lr": 0.5, "betas": train.betas}),
+        "sgd": ("SGD", {"lr": 0.5, "momentum": train.betas[0]}),
+        "lion": ("Lion", {"lr": 0.5, "betas": train.betas}),
+    }
+    assert made == [want[kind]]

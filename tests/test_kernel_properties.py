@@ -23,7 +23,7 @@ VECTOR_NUMEL = 16  # torch treats what is beyond its last full vector in another
 Betas = st.floats(0.0, 0.9999)
 Common = {
     "lr": st.one_of(st.just(0.0), st.floats(1e-12, 10.0)),
-    "weight_decay": st.one_of(st.just(0.0), st.floats(1e-8, 1.0)),
+    "weight_decay": st.one_of(st.sampled_from([0.0, 1e-60]), st.floats(1e-8, 1.0)),
     "step": st.one_of(st.integers(1, 3), st.integers(1, 10**7)),
     "maximize": st.booleans(),
 }
@@ -31,7 +31,7 @@ AdamWHyper = st.fixed_dictionaries(
     {**Common, "beta1": Betas, "beta2": Betas, "eps": st.sampled_from([0.0, 1e-16, 1e-8, 1e-2])}
 )
 SGDHyper = st.fixed_dictionaries(
-    {**Common, "momentum": st.one_of(st.just(0.0), Betas), "dampening": Betas}
+    {**Common, "momentum": st.one_of(st.sampled_from([0.0, 1e-60]), Betas), "dampening": Betas}
 )
 
 

@@ -92,7 +92,10 @@ def test_eager_step_moves_what_the_plan_says(io: str, nvme_dir: Path) -> None:
     assert 11.9 <= got["written"] / got["params"] <= 12.1
 
 
-@pytest.mark.parametrize("format", ["exact", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "format",
+    ["exact", *(pytest.param(f, marks=pytest.mark.slow) for f in ("fp32", "bf16", "int8"))],
+)
 def test_deferred_step_moves_what_the_plan_says(format: str, nvme_dir: Path) -> None:
     """Deferred updates spill gradients that do not fit their slots; the plan counts them."""
     on_a_drive(nvme_dir)

@@ -295,7 +295,8 @@ def load_moments(format: str, part: Planes, like: F32) -> tuple[F32, F32]:
         if "exp_avg_sq" in part:
             step = spread(part["exp_avg_sq_scale"], v.size) / np.float32(255)
             root = v.astype(np.float32) * step
-            v = root * root
+            with np.errstate(over="ignore"):
+                v = root * root
     return m, v
 
 
