@@ -1,5 +1,6 @@
 # make finetune   set everything up, then fine-tune a real model on real text (CONFIG=..., SET="train.steps=10 ...")
 # make test       set everything up, then run all tests
+# make sanitize   the native tests, plain and under the sanitizers (part of make test)
 # make check      formatting, lint and types
 # make bench      time a training step beside its peers (BENCH_ARGS="--model 1b --dir /mnt/nvme/bench")
 # make clean      remove the virtual environment and build output; runs/ and ~/.cache/offload stay
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 SAY = @printf '==> %s\n'
 
-.PHONY: help finetune test check bench clean
+.PHONY: help finetune test sanitize check bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,11 +29,17 @@ finetune: $(VENV)/.run $(if $(findstring smollm2,$(CONFIG)),$(VENV)/.data)
 	$(SAY) 'fine-tuning as $(CONFIG) says'
 	$(BIN)/offload finetune $(CONFIG) $(foreach pair,$(SET),--set $(pair))
 
-test: $(VENV)/.dev $(VENV)/.data
+test: $(VENV)/.dev $(VENV)/.data sanitize
 	$(SAY) 'quick tests, in parallel'
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not root'
 	$(SAY) 'slow tests, and those that need root (skipped elsewhere), one at a time'
 	$(BIN)/python -m pytest -q -rs -m 'slow or root'
+
+# The lock: two of them would write the same files.
+sanitize:
+	$(SAY) 'native tests, plain and under the sanitizers'
+	@mkdir -p build
+	@flock build/native.lock $(MAKE) --no-print-directory -j2 -Otarget -f tests/native/Makefile
 
 check: $(VENV)/.dev
 	$(SAY) 'ruff'
@@ -40,7 +47,7 @@ check: $(VENV)/.dev
 	$(SAY) 'mypy'
 	$(BIN)/mypy
 	$(SAY) 'clang-format'
-	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h tests/native/*.cpp tests/native/*.h
 	$(SAY) 'layers, sizes and bans'
 	$(BIN)/python -m pytest -q tests/test_tidy.py
 

@@ -20,7 +20,7 @@ from fault_campaign import (
     checksums_exist,
     table,
 )
-from fault_plans import DELAYS, ERRORS, LIES, TRANSIENT, num_injected, rate
+from fault_plans import DELAYS, ERRORS, LIES, TRANSIENT, at, num_injected, rate
 from parity import assert_same, run_plain, without_grads
 
 import offload
@@ -28,6 +28,8 @@ from offload import _native
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 STRIDE = 71  # operations; a run has a few hundred
+PERIOD = 50
+OPERATIONS_MAX = 600
 CASES = [
     *zip(TRANSIENT + DELAYS, ("eager", "deferred", "eager", "deferred", "eager"), strict=True),
     *itertools.product(ERRORS, MODES),
@@ -79,12 +81,34 @@ def test_one_fault(kind: str, mode: str, nvme_dir: Path, rows: list[tuple[str, R
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(("kind", "mode"), CASES)
-def test_every_operation(kind: str, mode: str, nvme_dir: Path, rows: list[tuple[str, Row]]) -> None:
+@every_mode
+@pytest.mark.parametrize("kind", ERRORS)
+def test_every_operation_fails(
+    kind: str, mode: str, nvme_dir: Path, rows: list[tuple[str, Row]]
+) -> None:
     row = campaign(Campaign(nvme_dir, mode), kind, stride=1, judge=judge_of(kind))
     assert row.injected > 100
     rows.append((mode, row))
+
+
+@pytest.mark.slow
+@every_mode
+def test_every_operation_stumbles(mode: str, nvme_dir: Path, rows: list[tuple[str, Row]]) -> None:
+    """What a run survives can strike it often: run number i gets, of every kind, a fault in each of
+    its operations i, i + PERIOD, i + 2 PERIOD and so on.
+    """
+    runs = Campaign(nvme_dir, mode)
+    found = {kind: Row(kind) for kind in TRANSIENT + DELAYS}
+    for first in range(1, PERIOD + 1):
+        numbers = range(first, OPERATIONS_MAX, PERIOD)
+        survives(runs.strike([rule for k in found for n in numbers for rule in at(k, n)]))
+        counts = _native.fault_counts()
+        assert counts["reads"] + counts["writes"] < OPERATIONS_MAX
+        for kind, row in found.items():
+            row.injected += counts[kind]
+            row.survived += counts[kind]
+    assert all(row.injected > 100 for row in found.values())
+    rows += [(mode, row) for row in found.values()]
 
 
 @every_mode

@@ -89,7 +89,7 @@ def package_files() -> list[Path]:
 
 
 def native_files() -> list[Path]:
-    return files_of(".cpp", ".h", ".cu", under=("csrc",))
+    return files_of(".cpp", ".h", ".cu", under=("csrc", "tests/native"))
 
 
 def modules() -> dict[str, str]:

@@ -1,0 +1,312 @@
+// The update worker: jobs of several threads that overlap, fail and are closed upon give the bits
+// that the kernels give in memory.
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <utility>
+
+#include "../../csrc/fault_ops.h"
+#include "../../csrc/update_pipeline.h"
+#include "harness.h"
+
+namespace offload::tests {
+
+namespace {
+
+constexpr uint64_t kTileNumel = kTileAlignNumel;
+constexpr unsigned kNumTiles = 3;
+constexpr uint64_t kTilesPerChunkMax = 4;
+constexpr uint64_t kChunkNbytes = kTilesPerChunkMax * kTileNumel * kTileItemNbytes;
+
+std::vector<UpdateOp> make_ops(Dice& dice, uint64_t numel, int64_t step) {
+  AdamwHyper hyper = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.5, step, roll(dice, 2) == 0};
+  std::vector<UpdateOp> ops;
+  for (uint64_t begin = roll(dice, 100); begin < numel;) {
+    const uint64_t end = std::min(numel, begin + 1 + roll(dice, numel));
+    ops.push_back({begin, end, make_adamw_scalars(hyper)});
+    begin = end + roll(dice, 3000);
+    hyper.lr *= 2;
+  }
+  return ops;
+}
+
+// Finite values for a plane: random bytes have NaNs, whose payloads are left open.
+Memory make_plane(Dice& dice, StateFormat format, int plane, uint64_t numel) {
+  const unsigned itemsize = plane_itemsize(format, plane);
+  Memory memory(numel * itemsize, dice());
+  for (uint64_t i = 0; i < numel; ++i) {
+    const double value = 1e-3 * static_cast<double>(1 + roll(dice, 2000));
+    const double sign = plane != kExpAvgSq && roll(dice, 2) == 0 ? -1.0 : 1.0;
+    const float single = static_cast<float>(sign * value);
+    if (itemsize == 4) {
+      *memory.as<float>(i) = single;
+    } else if (plane == kWeight || plane == kGrad) {
+      uint32_t bits;
+      std::memcpy(&bits, &single, sizeof bits);
+      *memory.as<uint16_t>(i) = static_cast<uint16_t>(bits >> 16);
+    }
+  }
+  return memory;
+}
+
+// One chunk: what its planes should hold, and where they are.
+class Chunk {
+ public:
+  Chunk(const File& file, uint64_t begin, uint64_t seed)
+      : file_(file),
+        dice_(seed),
+        format_(seed % 2 == 0 ? StateFormat::kExact : StateFormat::kFp32),
+        numel_((1 + roll(dice_, kTilesPerChunkMax)) * kTileNumel) {
+    for (int i = 0; i < kNumPlanes; ++i) {
+      wanted_.push_back(make_plane(dice_, format_, i, numel_));
+      homes_.emplace_back(wanted_[i].nbytes());
+      in_memory_[i] = roll(dice_, 3) == 0;
+      offsets_[i] = begin;
+      begin += wanted_[i].nbytes();
+      if (wanted_[i].nbytes() > 0) {
+        std::memcpy(homes_[i].data(), wanted_[i].data(), wanted_[i].nbytes());
+        file.write(offsets_[i], wanted_[i]);
+      }
+    }
+  }
+
+  // The next step as a job, which the expected planes have taken when this returns.
+  UpdateJob next_job(uint64_t tag) {
+    UpdateJob job;
+    job.tag = tag;
+    job.format = format_;
+    job.numel = numel_;
+    job.ops = make_ops(dice_, numel_, ++num_steps_);
+    char* planes[kNumPlanes] = {};
+    for (int i = 0; i < kNumPlanes; ++i) {
+      if (plane_itemsize(format_, i) > 0) {
+        job.planes[i] = place(i);
+        planes[i] = wanted_[i].data();
+      }
+    }
+    CHECK(validate_job(job).empty());
+    run_kernels(job, *portable_kernels(), 0, numel_, planes);
+    return job;
+  }
+
+  void check() const {
+    for (int i = 0; i < kNumPlanes; ++i) {
+      const uint64_t nbytes = wanted_[i].nbytes();
+      if (nbytes > 0) {
+        CHECK(in_memory_[i] ? homes_[i] == wanted_[i]
+                            : file_.read(offsets_[i], nbytes) == wanted_[i]);
+      }
+    }
+  }
+
+ private:
+  UpdatePlane place(int i) {
+    UpdatePlane plane;
+    plane.present = true;
+    if (in_memory_[i]) {
+      plane.address = homes_[i].data();
+      return plane;
+    }
+    // Two pieces, so that tiles cross from one to the other.
+    const uint64_t nbytes = wanted_[i].nbytes();
+    const uint64_t first = nbytes / 2 / kPageNbytes * kPageNbytes;
+    plane.read = {{file_.fd(), offsets_[i], first},
+                  {file_.fd(), offsets_[i] + first, nbytes - first}};
+    plane.has_read = true;
+    plane.has_write = i < kGrad;
+    if (plane.has_write) {
+      plane.write = plane.read;
+    }
+    return plane;
+  }
+
+  const File& file_;
+  Dice dice_;
+  const StateFormat format_;
+  const uint64_t numel_;
+  int64_t num_steps_ = 0;
+  std::vector<Memory> wanted_;
+  std::vector<Memory> homes_;
+  bool in_memory_[kNumPlanes];
+  uint64_t offsets_[kNumPlanes];
+};
+
+struct Worker {
+  explicit Worker(Backend backend) : buffer(update_buffer_nbytes(kNumTiles, kTileNumel)) {
+    const UpdateConfig config = {
+        backend, 8, 4 * kPageNbytes, kNumTiles, kTileNumel, buffer.data(), find_kernels("auto")};
+    int error = 0;
+    pipeline = UpdatePipeline::create(config, &error);
+    CHECK(pipeline != nullptr && error == 0);
+  }
+
+  Memory buffer;
+  std::unique_ptr<UpdatePipeline> pipeline;
+};
+
+std::vector<std::unique_ptr<Chunk>> make_chunks(const File& file, uint64_t count, uint64_t seed) {
+  std::vector<std::unique_ptr<Chunk>> chunks;
+  for (uint64_t i = 0; i < count; ++i) {
+    chunks.push_back(std::make_unique<Chunk>(file, i * kChunkNbytes, seed + i));
+  }
+  return chunks;
+}
+
+// Two threads submit several steps of the same chunks without waiting, two collect.
+void storm(Backend backend, uint64_t seed) {
+  constexpr uint64_t kChunks = 4;
+  constexpr uint64_t kSteps = 3;
+  const File file(kChunks * kChunkNbytes);
+  const auto chunks = make_chunks(file, kChunks, seed);
+  Worker worker(backend);
+  std::atomic<uint64_t> num_done{0};
+  std::vector<std::thread> threads;
+  for (uint64_t half = 0; half < 2; ++half) {
+    threads.emplace_back([&, half] {
+      for (uint64_t step = 0; step < kSteps; ++step) {
+        for (uint64_t i = half; i < kChunks; i += 2) {
+          CHECK(worker.pipeline->submit(chunks[i]->next_job(i)));
+        }
+      }
+    });
+    threads.emplace_back([&, half] {
+      std::vector<UpdateCompletion> rows;
+      while (num_done.load() < kChunks * kSteps) {
+        rows.clear();
+        half == 0 ? worker.pipeline->wait(0.05, rows) : worker.pipeline->poll(rows);
+        for (const UpdateCompletion& row : rows) {
+          CHECK(row.result == 0 && row.fd == -1 && row.tag < kChunks);
+          num_done.fetch_add(1);
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  for (const auto& chunk : chunks) {
+    chunk->check();
+  }
+  worker.pipeline->close();
+  CHECK(!worker.pipeline->submit(chunks[0]->next_job(0)));
+}
+
+TEST(pipeline_storm) {
+  for (const Backend backend : backends()) {
+    for (uint64_t seed = 0; seed < 3; ++seed) {
+      storm(backend, 10 * seed);
+    }
+  }
+}
+
+TEST(pipeline_storm_with_faults) {
+  set_fault_plan({{{FaultKind::kShort, 0, 0.1},
+                   {FaultKind::kEintr, 0, 0.1},
+                   {FaultKind::kEagain, 0, 0.05},
+                   {FaultKind::kReorder, 0, 0.1}},
+                  1,
+                  1e-3});
+  storm(Backend::kFaults, 100);
+  clear_fault_plan();
+}
+
+// One failure ends one job, once; the others come out right, and so does what follows.
+TEST(pipeline_survives_errors) {
+  constexpr uint64_t kChunks = 3;
+  const File file((kChunks + 1) * kChunkNbytes);
+  for (uint64_t number = 1; number < 60; number += 4) {
+    const auto chunks = make_chunks(file, kChunks + 1, number);
+    Worker worker(Backend::kFaults);
+    set_fault_plan({{{FaultKind::kEio, number, 0.0}}, 0, 0.0});
+    for (uint64_t i = 0; i < kChunks; ++i) {
+      CHECK(worker.pipeline->submit(chunks[i]->next_job(i)));
+    }
+    std::vector<UpdateCompletion> rows;
+    while (rows.size() < kChunks) {
+      worker.pipeline->wait(60.0, rows);
+    }
+    const uint64_t num_failed = fault_counts().num_injected[static_cast<int>(FaultKind::kEio)];
+    clear_fault_plan();
+    CHECK(rows.size() == kChunks && num_failed <= 1);
+    for (const UpdateCompletion& row : rows) {
+      if (row.result == 0) {
+        chunks[row.tag]->check();
+      } else {
+        CHECK(row.result == -EIO && row.fd == file.fd());
+      }
+    }
+    CHECK(num_failed ==
+          static_cast<uint64_t>(std::count_if(rows.begin(), rows.end(),
+                                              [](const auto& row) { return row.result != 0; })));
+    CHECK(worker.pipeline->submit(chunks[kChunks]->next_job(kChunks)));
+    rows.clear();
+    while (rows.empty()) {
+      worker.pipeline->wait(60.0, rows);
+    }
+    CHECK(rows[0].tag == kChunks && rows[0].result == 0);
+    chunks[kChunks]->check();
+  }
+}
+
+// close() finishes what was taken, and only that, whoever is submitting or waiting.
+void close_under_fire(Backend backend, uint64_t seed) {
+  const File file(2 * kChunkNbytes);
+  auto chunks = make_chunks(file, 2, seed);
+  Worker worker(backend);
+  std::atomic<int> num_submitted{0};
+  std::vector<std::thread> threads;
+  for (uint64_t i = 0; i < 2; ++i) {
+    threads.emplace_back([&, i] {
+      for (int count = 0; count < 20 && worker.pipeline->submit(chunks[i]->next_job(i)); ++count) {
+        num_submitted.fetch_add(1);
+      }
+    });
+  }
+  threads.emplace_back([&] {
+    std::vector<UpdateCompletion> rows;
+    while (!worker.pipeline->is_closed()) {
+      worker.pipeline->wait(60.0, rows);
+    }
+  });
+  while (num_submitted.load() < static_cast<int>(seed % 5)) {
+    std::this_thread::yield();
+  }
+  std::thread other([&] { worker.pipeline->close(); });
+  worker.pipeline->close();
+  worker.buffer = Memory(kPageNbytes);  // nobody may use the tiles any more
+  other.join();
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+}
+
+TEST(pipeline_close_under_fire) {
+  for (const Backend backend : backends()) {
+    for (uint64_t seed = 0; seed < 6; ++seed) {
+      close_under_fire(backend, seed);
+    }
+  }
+}
+
+TEST(pipeline_dies_with_work_in_flight) {
+  for (const Backend backend : backends()) {
+    const File file(2 * kChunkNbytes);
+    auto chunks = make_chunks(file, 2, 3);
+    {
+      Worker worker(backend);
+      for (int step = 0; step < 3; ++step) {
+        for (uint64_t i = 0; i < 2; ++i) {
+          CHECK(worker.pipeline->submit(chunks[i]->next_job(i)));
+        }
+      }
+      worker.pipeline.reset();
+    }
+    for (const auto& chunk : chunks) {
+      chunk->check();  // dying finishes, too
+    }
+  }
+}
+
+}  // namespace
+
+}  // namespace offload::tests
