@@ -150,8 +150,11 @@ def clean(
 @app.command()
 def doctor(
     paths: Annotated[
-        list[Path] | None, typer.Argument(help="Folders to measure; 256 MiB each.")
+        list[Path] | None, typer.Argument(help="Folders on the drives to measure; 512 MiB each.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure drives again that are known already.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Show what this machine offers, and how fast its drives are."""
@@ -159,4 +162,4 @@ def doctor(
         from offload.doctor import examine
         from offload.progress import Reporter
 
-        examine(paths or (), Reporter())
+        examine(paths or (), Reporter(), again=calibrate)

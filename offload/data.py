@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
 from offload.errors import PolicyError
+from offload.machine import cache_folder
 from offload.policy import Section
 
 if TYPE_CHECKING:
@@ -115,12 +115,6 @@ class ByteTokenizer:
 
     def __len__(self) -> int:
         return 256 + self._OFFSET
-
-
-def cache_folder() -> Path:
-    """Where converted models and token files are kept: offload in $XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "offload"
 
 
 def package_folder(package: str) -> Path | None:

@@ -25,7 +25,7 @@ from offload.errors import StateError
 from offload.formats import Plane
 from offload.homes import PlaneKey, allocate_extents, carve_pinned
 from offload.inflight import Finish, InFlight
-from offload.io import IoQueue
+from offload.io import IoQueue, Limits
 from offload.jobs import plane_arguments
 from offload.plan import Plan
 from offload.residence import Residence
@@ -63,6 +63,7 @@ class Engine:
         nvme_budget: int | None = None,
         homes: Mapping[PlaneKey, PlaneExtents] | None = None,
         backend: str,
+        limits: Limits | None = None,
         device: Device,
         timeline: Timeline,
         poison: bool = False,
@@ -88,9 +89,9 @@ class Engine:
         self.before_overwrite: Callable[[Extent], None] = _nothing  # a checkpoint may need it
         checksum_nbytes = store.checksum_nbytes if store is not None else 0
         try:
-            queue = IoQueue(backend, checksum_nbytes=checksum_nbytes) if store else None
+            queue = IoQueue(backend, limits, checksum_nbytes=checksum_nbytes) if store else None
             pipeline = UpdatePipeline(
-                backend, plan.tile_numel, tiles, checksum_nbytes=checksum_nbytes
+                backend, plan.tile_numel, tiles, limits, checksum_nbytes=checksum_nbytes
             )
         except BaseException:
             if store is not None:

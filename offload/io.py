@@ -12,8 +12,6 @@ from offload.errors import PolicyError
 
 READ = _native.OP_READ
 WRITE = _native.OP_WRITE
-QUEUE_DEPTH = 32
-BLOCK_NBYTES = 4 << 20  # virtio and NVMe take at most 1-4 MiB per request; larger blocks only wait
 NUM_THREADS = 4
 DEMAND, PREFETCH, WRITE_BACK = 0, 1, 2  # priorities: what compute waits for goes first
 
@@ -22,6 +20,28 @@ logger = logging.getLogger("offload")
 Segment = tuple[int, int, int, int] | tuple[int, int, int, int, int]
 crc32c = _native.crc32c
 crc32c_blocks = _native.crc32c_blocks
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """How a queue cuts transfers: blocks of at most `block_nbytes`, at most `depth` in flight.
+
+    The thread backend has at most NUM_THREADS in flight, so its blocks are larger.
+    """
+
+    depth: int
+    block_nbytes: int
+
+
+DEFAULT_LIMITS = {  # for a drive that was not measured, see offload/calibrate.py
+    "uring": Limits(depth=64, block_nbytes=512 << 10),
+    "threads": Limits(depth=NUM_THREADS, block_nbytes=4 << 20),
+}
+
+
+def default_limits(backend: str) -> Limits:
+    """For a drive that was not measured. Backends of tests are threads."""
+    return DEFAULT_LIMITS.get(backend, DEFAULT_LIMITS["threads"])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,14 +65,12 @@ class IoQueue:
     """
 
     def __init__(
-        self,
-        backend: str,
-        *,
-        depth: int = QUEUE_DEPTH,
-        block_nbytes: int = BLOCK_NBYTES,
-        checksum_nbytes: int = 0,
+        self, backend: str, limits: Limits | None = None, *, checksum_nbytes: int = 0
     ) -> None:
-        self._queue = _native.IoQueue(backend, depth, block_nbytes, NUM_THREADS, checksum_nbytes)
+        limits = limits or default_limits(backend)
+        self._queue = _native.IoQueue(
+            backend, limits.depth, limits.block_nbytes, NUM_THREADS, checksum_nbytes
+        )
         self.backend = backend
 
     def submit(

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 PROC = Path("/proc")
 CGROUP = Path("/sys/fs/cgroup")
+SYS = Path("/sys")
 
 
 class IoCounters(NamedTuple):
@@ -93,6 +94,34 @@ def free_nbytes(path: str | Path) -> int:
     """Return what an unprivileged user may still write at a path, which need not exist yet."""
     space = os.statvfs(_existing(path))
     return space.f_bavail * space.f_frsize
+
+
+def cache_folder() -> Path:
+    """Return where things are kept between runs: offload in $XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "offload"
+
+
+def drive_identity(path: str | Path, sys: Path = SYS, proc: Path = PROC) -> str:
+    """Return what tells the drive under a path from others: its number, model, serial and size.
+
+    A file system without a drive of its own (tmpfs, overlay, a network's) has a number that means
+    something else after a reboot, so the boot is part of its identity.
+    """
+    number = os.stat(_existing(path)).st_dev
+    name = f"{os.major(number)}:{os.minor(number)}"
+    device = sys / "dev/block" / name
+    if not device.exists():
+        boot = _read_words(proc / "sys/kernel/random/boot_id")
+        return " ".join([name, *boot])
+    device = device.resolve()
+    whole = device.parent if (device / "partition").exists() else device
+    facts = [_read_words(device / "size")]
+    facts += [_read_words(whole / fact) for fact in _DRIVE_FACTS]
+    return " ".join([name, *("_".join(words) for words in facts if words)])
+
+
+_DRIVE_FACTS = ("serial", "wwid", "device/model", "device/serial", "loop/backing_file")
 
 
 def openmp_may_spin(proc: Path = PROC) -> bool:

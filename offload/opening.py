@@ -9,11 +9,12 @@ from pathlib import Path
 
 from torch import nn
 
+from offload.calibrate import DriveProfile, cached_profile, profile_of
 from offload.chunk import Chunk
 from offload.commit import Commits, read_manifest
 from offload.engine import Engine
-from offload.errors import PolicyError
-from offload.io import choose_backend
+from offload.errors import PolicyError, StorageError
+from offload.io import Limits, choose_backend
 from offload.manifest import Manifest
 from offload.plan import Plan
 from offload.policy import OffloadPolicy
@@ -76,14 +77,17 @@ def open_engine(
 ) -> Engine:
     """An engine with its slab, and its files where the plan needs some."""
     chunks = [Chunk(s, p) for s, p in zip(plan.specs, params, strict=True)]
-    store, backend = None, "threads"
+    store, backend, limits = None, "threads", None
     nvme = policy.tiers.nvme
     slab = Slab(plan.slab_nbytes)
     if plan.uses_files and nvme is not None:
         backend, reason = choose_backend(nvme.io)
         fell_back = nvme.io == "auto" and backend != "uring"
         logger.log(logging.WARNING if fell_back else logging.INFO, "I/O: %s: %s", backend, reason)
-        store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest))
+        profiles = drive_profiles(nvme.paths, backend)
+        weights = [profile.mixed_bandwidth for profile in profiles]
+        limits = slowest_limits(profiles)
+        store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest), weights)
     try:
         slab.populate()
         device.register(slab)
@@ -95,6 +99,7 @@ def open_engine(
             nvme_budget=nvme.budget if nvme else None,
             homes=homes_of(manifest) if manifest else None,
             backend=backend,
+            limits=limits,
             device=device,
             timeline=timeline,
             poison=poison,
@@ -104,12 +109,55 @@ def open_engine(
         raise
 
 
+def drive_profiles(paths: Sequence[Path], backend: str) -> list[DriveProfile]:
+    """What is known of the drives behind the paths; nothing where something is missing.
+
+    Several drives are measured where they were not, because planes are shared out by their speed:
+    two seconds each, once. One drive is measured by `offload doctor` only.
+    """
+    places = [_existing(path) for path in paths]
+    devices = {place.stat().st_dev for place in places}
+    profiles = [cached_profile(place, backend) for place in places]
+    if len(devices) > 1:
+        try:
+            profiles = [
+                p or profile_of(place, backend) for p, place in zip(profiles, places, strict=True)
+            ]
+        except (StorageError, OSError) as error:
+            logger.warning(
+                "the drives share planes equally, because one was not measured: %s", error
+            )
+            return []
+    return [profile for profile in profiles if profile] if all(profiles) else []
+
+
+def _existing(path: Path) -> Path:
+    while not path.is_dir() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def slowest_limits(profiles: Sequence[DriveProfile]) -> Limits | None:
+    """One queue serves all drives: blocks that suit the slowest, and room for all of them."""
+    if not profiles:
+        return None
+    slowest = min(profiles, key=lambda profile: profile.mixed_bandwidth)
+    depth = sum(profile.depth for profile in profiles)
+    return Limits(depth=depth, block_nbytes=slowest.block_nbytes)
+
+
 def make_store(
-    plan: Plan, paths: Sequence[Path], slab: Slab, run: RunFiles | None = None
+    plan: Plan,
+    paths: Sequence[Path],
+    slab: Slab,
+    run: RunFiles | None = None,
+    weights: Sequence[float] = (),
 ) -> ChunkStore:
     """The store of a plan, its checksums in the slab."""
     table = slab.carve("checksums", plan.table_nbytes) if plan.table_nbytes else None
-    return ChunkStore(paths, run=run, checksum_nbytes=plan.checksum_nbytes, table=table)
+    return ChunkStore(
+        paths, run=run, checksum_nbytes=plan.checksum_nbytes, table=table, weights=weights
+    )
 
 
 def _run_files(plan: Plan, manifest: Manifest | None) -> RunFiles | None:

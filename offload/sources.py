@@ -22,8 +22,9 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from offload.data import ByteTokenizer, Tokenizer, cache_folder, package_folder, publish
+from offload.data import ByteTokenizer, Tokenizer, package_folder, publish
 from offload.errors import OffloadError, PolicyError
+from offload.machine import cache_folder
 from offload.policy import Section
 
 SMOLLM2_LABEL = "SmolLM2-135M-Instruct, dequantised from 4-bit (Q4_1)"

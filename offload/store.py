@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
+import math
 import os
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,45 @@ from offload.slots import Region, round_up
 from offload.swapfile import ALIGN_NBYTES, LOCK_NAME, SWAP_NAME, RunFiles
 
 PlaneSegment = tuple[int, int, int, int]  # fd, offset, nbytes, address of its checksums or 0
+
+
+STRIPE_NBYTES = 4 << 20  # of a plane on several drives: a tile or two of the update worker
+
+
+def shares(nbytes: int, weights: Sequence[float], align: int) -> list[int]:
+    """Split bytes over places in proportion to their weights; pure.
+
+    Pieces are multiples of `align`, except that the last place with a weight takes the rest, and
+    each is less than `align` away from its exact share. A place of weight 0 gets nothing. Raises
+    StateError where no weight is above 0, or one is negative or not finite.
+    """
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        raise StateError(f"weights {list(weights)} are not finite, from 0 up, and one above 0.")
+    exact = [Fraction(weight) for weight in weights]  # so that no rounding depends on the order
+    total = sum(exact)
+    last = max(index for index, weight in enumerate(exact) if weight)
+    ends = [int(nbytes * end / total) // align * align for end in itertools.accumulate(exact)]
+    ends[last:] = [nbytes] * (len(ends) - last)
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def stripes(
+    nbytes: int, weights: Sequence[float], align: int, stripe_nbytes: int
+) -> list[tuple[int, int]]:
+    """Lay bytes out over places in turns: pieces (place, nbytes) in the order of the bytes; pure.
+
+    Every place gets its `shares` in as many pieces as there are stripes of `stripe_nbytes`, so any
+    few stripes' worth of neighbouring bytes are spread over all places in proportion. One piece a
+    place would have them on one drive, and whoever walks through a plane would use one at a time.
+    """
+    num_stripes = max(1, -(-nbytes // stripe_nbytes))
+    by_place = [shares(share, [1] * num_stripes, align) for share in shares(nbytes, weights, align)]
+    return [
+        (place, pieces[stripe])
+        for stripe in range(num_stripes)
+        for place, pieces in enumerate(by_place)
+        if pieces[stripe]
+    ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,7 +80,9 @@ class Extent:
 
 
 def table_nbytes(plane_nbytes: Sequence[int], num_paths: int, checksum_nbytes: int) -> int:
-    """Bytes of checksums that extents of these sizes need at most, in whole pages."""
+    """Bytes of checksums that extents of these sizes need at most, in whole pages. Only the last
+    piece of a plane is no multiple of a block, so the pieces need no more than the whole.
+    """
     if not checksum_nbytes:
         return 0
     blocks = sum(-(-nbytes // checksum_nbytes) + num_paths for nbytes in plane_nbytes)
@@ -106,6 +150,7 @@ class ChunkStore:
 
     With `checksum_nbytes` every block of that size has a CRC32C in `table` (see table_nbytes),
     apart from the data: the native code stores it before a write and compares it after a read.
+    `weights` are the paths' speeds, in any unit; without them all are equal.
     """
 
     def __init__(
@@ -115,8 +160,10 @@ class ChunkStore:
         run: RunFiles | None = None,
         checksum_nbytes: int = 0,
         table: Region | None = None,
+        weights: Sequence[float] = (),
     ) -> None:
         self.paths = tuple(paths)
+        self.weights = tuple(weights) or (1.0,) * len(self.paths)
         self.run = run
         self.checksum_nbytes = checksum_nbytes if table is not None else 0
         self._entries = np.empty(0, np.uint32) if table is None else _as_uint32(table)
@@ -139,17 +186,13 @@ class ChunkStore:
         return tuple(self._file_nbytes)
 
     def allocate(self, nbytes: int) -> Extent:
-        """Book space for one plane, striped evenly over the files."""
+        """Book space for one plane, striped over the files in proportion to their weights."""
         pieces: list[tuple[int, int, int]] = []
         align = self.checksum_nbytes or ALIGN_NBYTES
-        share = round_up(-(-nbytes // len(self.paths)), align)
-        left = nbytes
-        for index in range(len(self.paths)):
-            piece = min(share, left)
-            if piece:
-                pieces.append((index, self._file_nbytes[index], piece))
-                self._file_nbytes[index] += round_up(piece, ALIGN_NBYTES)
-                left -= piece
+        stripe = STRIPE_NBYTES if len(self.paths) > 1 else nbytes
+        for index, piece in stripes(nbytes, self.weights, align, max(stripe, 1)):
+            pieces.append((index, self._file_nbytes[index], piece))
+            self._file_nbytes[index] += round_up(piece, ALIGN_NBYTES)
         extent = Extent(tuple(pieces))
         self.cover(extent)
         return extent

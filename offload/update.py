@@ -11,7 +11,7 @@ import struct
 from collections.abc import Sequence
 
 from offload import _native
-from offload.io import BLOCK_NBYTES, QUEUE_DEPTH
+from offload.io import Limits, default_limits
 from offload.slots import Region
 
 NUM_TILES = 12  # one computed, the others keep the drive busy both ways
@@ -137,12 +137,19 @@ class UpdatePipeline:
     """
 
     def __init__(
-        self, backend: str, tile_numel: int, buffer: Region, *, checksum_nbytes: int = 0
+        self,
+        backend: str,
+        tile_numel: int,
+        buffer: Region,
+        limits: Limits | None = None,
+        *,
+        checksum_nbytes: int = 0,
     ) -> None:
+        limits = limits or default_limits(backend)
         self._pipeline = _native.UpdatePipeline(
             backend,
-            QUEUE_DEPTH,
-            BLOCK_NBYTES,
+            limits.depth,
+            limits.block_nbytes,
             NUM_TILES,
             tile_numel,
             buffer.address,

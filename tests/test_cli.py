@@ -104,14 +104,27 @@ def test_debug_shows_where_an_error_arose() -> None:
     assert type(result.exception).__name__ == "PolicyError"
 
 
-def test_doctor_measures_a_folder_and_leaves_it_empty(tmp_path: Path) -> None:
-    result = invoke("doctor", str(tmp_path), str(tmp_path / "missing"))
-    assert result.exit_code == 0, result.output
-    for fact in ("cores", "memory", "io", "GB/s", "is no folder"):
-        assert fact in result.output
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, so that no drive is known yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
+def test_doctor_measures_a_folder_once_and_leaves_it_empty(nvme_dir: Path, own_cache: Path) -> None:
+    drives = own_cache / "offload" / "drives.json"
+    written = []
+    for options in ([], [], ["--calibrate"]):
+        result = invoke("doctor", *options, str(nvme_dir), str(nvme_dir / "missing"))
+        assert result.exit_code == 0, result.output
+        for fact in ("cores", "memory", "io", "GB/s", "is no folder"):
+            assert fact in result.output
+        assert list(nvme_dir.iterdir()) == []
+        written.append(drives.stat().st_mtime_ns)
+    assert written[0] == written[1] < written[2]
+
+
+@pytest.mark.usefixtures("own_cache")
 def test_doctor_warns_of_memory_posing_as_a_drive(tmpfs_dir: Path) -> None:
     result = invoke("doctor", str(tmpfs_dir))
     assert "WARNING: files here live in memory" in result.output

@@ -20,7 +20,7 @@ LAYERS = {
         [
             "errors tier timeline machine",
             "policy formats io slots stats openmp swapfile",
-            "store update",
+            "store update calibrate",
             "chunk schedule manifest",
             "plan transfer jobs",
             "residence inflight routing homes",
