@@ -32,9 +32,12 @@ from fio import FioPoint, fio_version, huge_pages, run_fio
 from io_workers import IoWorker
 
 MIB = 1 << 20
-# In MiB a block, and blocks in flight, which are all the memory that fio uses. `fio` moves through
+# In KiB a block, and blocks in flight, which are all the memory that fio uses. `fio` moves through
 # as much memory as a slab; `fio-hot` uses a few MiB again and again, which stay in some cache.
-FIO_GRIDS = {"fio": ((1, 128), (2, 64), (4, 32)), "fio-hot": ((1, 4), (1, 8), (2, 4), (2, 8))}
+FIO_GRIDS = {
+    "fio": ((512, 256), (1024, 128), (4096, 32)),
+    "fio-hot": ((512, 16), (1024, 4), (1024, 8), (2048, 8)),
+}
 FIO_BUFFERS_NBYTES = 128 * MIB
 HOT_NBYTES = 8 * MIB  # of offload-hot
 # aio_handle's arguments: block bytes, queue depth, single submit, overlap events, parallelism
@@ -73,13 +76,16 @@ def parse_options() -> argparse.Namespace:
     add("--rounds", type=int, default=3)
     add("--search-mib", type=int, default=512, help="bytes of one point of the search")
     add("--engines", default="offload,offload-hot", help="of ours; offload-threads is another")
-    add("--depth", type=int, help="of the queue (default: the project's)")
-    add("--block-kib", type=int, help="of the queue (default: the project's)")
+    add("--limits", help="of the queue, as KiB of a block x blocks in flight: 512x64")
     add("--deepspeed-python", type=Path, help="an interpreter with DeepSpeed, to compare with it")
     add("--deepspeed-extensions", type=Path, help="its compiled operators (default: in its venv)")
     add("--out", type=Path, help="write the result as Markdown too")
     options = parser.parse_args()
     options.engines = options.engines.split(",")
+    options.limits_name = options.limits or "the project's defaults"
+    if options.limits:
+        block_kib, depth = map(int, options.limits.split("x"))
+        options.limits = (depth, block_kib * 1024)
     if "offload" not in options.engines:
         parser.error("--engines needs offload, to whom all others are compared")
     options.dir = options.dir.expanduser().absolute()
@@ -124,8 +130,6 @@ def start_workers(
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, options.file_nbytes)
     contenders: dict[str, Any] = {}
-    limits = {"depth": options.depth, "block_nbytes": (options.block_kib or 0) * 1024}
-    limits = {name: value for name, value in limits.items() if value}
     engines = ["offload"]
     if options.deepspeed_python:
         engines += ["deepspeed", "deepspeed-hugepages"]
@@ -151,9 +155,9 @@ def start_workers(
                 ("offload-threads", "threads", 0),
             ):
                 if name in options.engines:
-                    settings = {"backend": backend, "limits": limits}
+                    settings = {"backend": backend, "limits": options.limits}
                     settings["window_nbytes"] = window_nbytes
-                    bench.settings[name] = f"{backend}, {limits or 'the project defaults'}"
+                    bench.settings[name] = f"{backend}, {options.limits_name}"
                     contenders[name] = bind(worker, settings)
         elif engine == "deepspeed":
             contenders[engine] = bind(worker, {"handle": SHIPPED_HANDLE})
@@ -182,7 +186,7 @@ def search_fio(name: str, path: Path, options: argparse.Namespace, bench: Bench)
             bench.huge_nbytes[name] = max(bench.huge_nbytes.get(name, 0), int(row["huge_nbytes"]))
             return bench.note_search(name, test, str(point), row)
 
-        points = (FioPoint(block_nbytes=b * MIB, depth=d) for b, d in FIO_GRIDS[name])
+        points = (FioPoint(block_nbytes=b * 1024, depth=d) for b, d in FIO_GRIDS[name])
         speeds = {point: measure(point) for point in points}
         fixed = replace(max(speeds, key=lambda point: speeds[point]), fixed=True)
         speeds[fixed] = measure(fixed)

@@ -50,11 +50,12 @@ class OffloadMover:
         self._window_nbytes = 0
 
     def prepare(self, settings: dict[str, Any]) -> None:
-        from offload.io import IoQueue
+        from offload.io import IoQueue, Limits
 
         if self._queue is not None:
             self._queue.close()
-        self._queue = IoQueue(settings["backend"], **settings["limits"])
+        limits = Limits(*settings["limits"]) if settings["limits"] else None
+        self._queue = IoQueue(settings["backend"], limits)
         self._window_nbytes = settings["window_nbytes"]
 
     def _segments(self, offset: int, buffer: int) -> list[tuple[int, int, int, int]]:
