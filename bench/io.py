@@ -16,6 +16,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -48,6 +49,7 @@ NUM_BUFFERS = 8
 
 def main() -> int:
     options = parse_options()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # undo what was changed
     options.dir.mkdir(parents=True, exist_ok=True)
     need, free = options.file_nbytes + MIB, shutil.disk_usage(options.dir).free
     if free < need:
