@@ -75,6 +75,10 @@ def _remedy(code: int) -> str:
         errno_names.ENODATA: "The swap file is shorter than it was made: something cut it.",
         errno_names.EIO: "The drive reports a failure; check `dmesg`, or use another drive.",
         errno_names.EINVAL: "Direct I/O was refused; run `offload doctor` on the path.",
+        errno_names.ELOOP: "A symbolic link stands in the place of the run's own file. Remove the "
+        "link, and name the folder that it leads to in tiers.nvme.paths.",
+        errno_names.ENOLCK: "This file system cannot lock files, so a second run could begin here "
+        "unseen. Name a folder on a local drive in tiers.nvme.paths.",
         errno_names.EBADMSG: "They were not used. Start again from a checkpoint, and check the "
         "drive's health (`smartctl -a`, `dmesg`) or use another drive.",
     }.get(code, "Check the drive and the file system, then start the run again.")

@@ -124,6 +124,36 @@ def drive_identity(path: str | Path, sys: Path = SYS, proc: Path = PROC) -> str:
 _DRIVE_FACTS = ("serial", "wwid", "device/model", "device/serial", "loop/backing_file")
 
 
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this number runs, as far as this container sees."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
+
+
+def flock_holders(path: str | Path, proc: Path = PROC) -> list[int]:
+    """Return the processes with a descriptor that holds a flock on a file, as far as this user may
+    look: those that took it, and the children that have inherited it.
+    """
+    real = os.path.realpath(path)
+    pids = sorted(int(entry) for entry in os.listdir(proc) if entry.isdigit())
+    return [pid for pid in pids if _holds_flock(proc / str(pid), real)]
+
+
+def _holds_flock(process: Path, real: str) -> bool:
+    try:
+        return any(
+            os.readlink(fd) == real and "FLOCK" in _read_text(process / "fdinfo" / fd.name)
+            for fd in (process / "fd").iterdir()
+        )
+    except OSError:  # it has ended, or is somebody else's
+        return False
+
+
 def openmp_may_spin(proc: Path = PROC) -> bool:
     """Return whether idle OpenMP threads of libgomp burn CPU that our own threads could use.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import itertools
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -21,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-from offload import io, swapfile
-from offload.errors import BudgetError, StateError, StorageError
+from offload import forks, io, swapfile
+from offload.errors import BudgetError, OffloadError, StateError, StorageError
 from offload.slots import Region, round_up
-from offload.swapfile import ALIGN_NBYTES, LOCK_NAME, SWAP_NAME, RunFiles
+from offload.swapfile import ALIGN_NBYTES, LOCK_NAME, MANIFEST_NAME, SWAP_NAME, RunFiles
 
+logger = logging.getLogger("offload")
 PlaneSegment = tuple[int, int, int, int]  # fd, offset, nbytes, address of its checksums or 0
 
 
@@ -175,6 +177,7 @@ class ChunkStore:
             self._file_nbytes = list(run.used_nbytes) or [ALIGN_NBYTES] * len(paths)
         self._locks: list[int] = []
         self._fds: list[int] = []
+        self._made: list[Path] = []  # folders that open() has made
 
     @property
     def nbytes(self) -> int:
@@ -257,17 +260,37 @@ class ChunkStore:
                 f"Raise tiers.nvme.budget to at least {self.nbytes}, or raise tiers.cpu.budget."
             )
         is_old = self.run is not None and bool(self.run.used_nbytes)
+        forks.register(self)
         try:
             for path in self.paths:
+                self._made += swapfile.make_folders(path)
                 self._locks.append(swapfile.lock(path))
-                if not is_old:
-                    swapfile.refuse_committed(path)
+            if not is_old:
+                self._refuse_committed()
             for index, path in enumerate(self.paths):
                 nbytes = max(self._file_nbytes[index], ALIGN_NBYTES)
                 self._fds.append(self._open_swap(index, path, nbytes))
         except BaseException:
             self.close(keep=is_old)
+            self.remove_folders()
             raise
+
+    def _refuse_committed(self) -> None:
+        """Raise StateError where a path holds a committed run. One that died in its first commit,
+        after it had marked the other paths, is none.
+        """
+        died = swapfile.run_without_manifest(self.paths[0])
+        for path in self.paths:
+            swapfile.refuse_committed(path, died=died)
+        for path in self.paths:
+            swapfile.remove_run_files(path)
+
+    def remove_folders(self) -> None:
+        """Remove the folders that open() made, where nothing has come into them: for a start that
+        failed.
+        """
+        swapfile.remove_folders(self._made)
+        self._made.clear()
 
     def _open_swap(self, index: int, path: Path, nbytes: int) -> int:
         if self.run is None:
@@ -316,17 +339,64 @@ class ChunkStore:
                     error.errno or errno.EIO, "flushing", path=str(path / SWAP_NAME)
                 ) from error
 
+    def check_owned(self) -> None:
+        """Raise StorageError where the files of the run are not those that its folders show: what
+        is committed then would be somebody else's.
+        """
+        for index, path in enumerate(self.paths):
+            if not self._owns(index):
+                raise StorageError(
+                    errno.ESTALE, "committing", path=str(path / SWAP_NAME),
+                    remedy=f"Somebody removed {LOCK_NAME} or {SWAP_NAME} while the run was using "
+                    "it, and another run may have begun there. What was committed before stands "
+                    "as it is.",
+                )  # fmt: skip
+
+    def _owns(self, index: int) -> bool:
+        """Whether a path's files are still this run's. A lock whose file somebody removed (a tool
+        that clears old files does) is taken again, unless another run has it.
+        """
+        path = self.paths[index]
+        try:
+            if not swapfile.is_same_file(self._locks[index], path / LOCK_NAME):
+                if not path.exists():
+                    return False
+                lock = swapfile.lock(path)
+                swapfile.close(self._locks[index])
+                self._locks[index] = lock
+                logger.warning("%s was removed and is locked again", path / LOCK_NAME)
+            return swapfile.is_same_file(self._fds[index], path / SWAP_NAME)
+        except OffloadError:
+            return False
+        except OSError:
+            return True  # its drive is gone, and so is nobody else there
+
     def close(self, *, keep: bool = False) -> None:
         """Give the locks back; remove the swap files, or keep a committed run. Idempotent; raises
         for no drive: one that is gone removes nothing, and what is open still closes.
+
+        The manifest goes first and the first path's swap file last: a run that is killed meanwhile
+        reads as one that died before its first commit, see _refuse_committed.
         """
-        for fd, path in zip(self._fds, self.paths, strict=False):
-            swapfile.close(fd)
-            if not keep:
-                swapfile.remove_run_files(path)
-                swapfile.remove(path / SWAP_NAME)
+        removed = [] if keep else [i for i in range(len(self._fds)) if self._owns(i)]
+        if self.run is not None and 0 in removed:
+            swapfile.remove(self.paths[0] / MANIFEST_NAME)
+        for index in reversed(range(len(self._fds))):
+            if index in removed:
+                if self.run is not None:
+                    swapfile.remove_run_files(self.paths[index])
+                swapfile.remove_own(self._fds[index], self.paths[index] / SWAP_NAME)
+            swapfile.close(self._fds[index])
         self._fds.clear()
         for lock, path in zip(self._locks, self.paths, strict=False):
-            swapfile.remove(path / LOCK_NAME)
-            swapfile.close(lock)
+            swapfile.unlock(lock, path)
+        self._locks.clear()
+
+    def let_go(self) -> None:
+        """In a forked child: drop the descriptors, which would keep the locks when the parent dies,
+        and touch no file. See [Note: forks].
+        """
+        for fd in (*self._fds, *self._locks):
+            swapfile.close(fd)
+        self._fds.clear()
         self._locks.clear()

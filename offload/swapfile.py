@@ -10,10 +10,12 @@ import fcntl
 import logging
 import mmap
 import os
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from offload import machine
-from offload.errors import StateError, StorageError
+from offload.errors import OffloadError, StateError, StorageError
 
 logger = logging.getLogger("offload")
 ALIGN_NBYTES = 4096
@@ -22,6 +24,7 @@ LOCK_NAME = "offload.lock"
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_NAMES = ("checksums.0", "checksums.1")  # they take turns, see [Note: commit]
 MEMBER_NAME = "offload.member"  # on the other paths of a committed run, beside its swap file
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,48 +43,219 @@ class RunFiles:
         return f"offload-swap 1 {self.run} {index}\n".encode().ljust(ALIGN_NBYTES, b"\0")
 
 
+def make_folders(path: Path) -> list[Path]:
+    """Make a folder and those above it; return the ones that were made, the outermost first."""
+    made: list[Path] = []
+    try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another run was faster
+                folder.mkdir()
+                made.append(folder)
+        path.mkdir(exist_ok=True)  # an error where it is no folder
+    except BaseException as error:
+        remove_folders(made)
+        if not isinstance(error, OSError):
+            raise
+        code = error.errno or errno.EIO
+        raise StorageError(code, "making the run directory", path=str(path)) from error
+    return made
+
+
+def remove_folders(made: Sequence[Path]) -> None:
+    """Undo make_folders, as far as nothing has come into them."""
+    for folder in reversed(made):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def lock(path: Path) -> int:
-    """Take the path's lock. It dies with the process: a stale one never stands in the way."""
+    """Take the path's lock; a missing folder is made. It dies with the process: a stale one never
+    stands in the way.
+
+    Raises StateError where another run holds it, StorageError for the rest.
+    """
+    made = make_folders(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path / LOCK_NAME, flags, 0o600)
-    except OSError as error:
-        raise StorageError(
-            error.errno or errno.EIO, "making the run directory", path=str(path)
-        ) from error
+        while (fd := _lock_once(path)) < 0:
+            continue
+    except BaseException as error:
+        remove_folders(made)
+        if isinstance(error, OffloadError) or not isinstance(error, OSError):
+            raise
+        code = error.errno or errno.EIO
+        raise StorageError(code, "locking", path=str(path / LOCK_NAME)) from error
+    return fd
+
+
+def _lock_once(path: Path) -> int:
+    """A descriptor that holds the lock, or -1 where its last holder removed the file meanwhile."""
+    name = path / LOCK_NAME
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | _FLAGS | os.O_NONBLOCK, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise StateError(
-            f"{path} is in use by another run (pid {holder}). "
-            "Wait for it to end, or name another folder in tiers.nvme.paths."
-        ) from error
-    if not _is_same_file(fd, path / LOCK_NAME):  # its last holder removed it meanwhile
-        os.close(fd)
-        return lock(path)
+        _flock(fd, path)
+        if not is_same_file(fd, name):
+            os.close(fd)
+            return -1
+        _check_own(os.fstat(fd), name)
+        _make_private(fd, name)
+    except BaseException:
+        close(fd)
+        raise
     with contextlib.suppress(OSError):  # only a message needs it; a full drive is refused below
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
 
 
-def _is_same_file(fd: int, path: Path) -> bool:
+def _flock(fd: int, path: Path) -> None:
+    for is_last in (False, False, True):  # who looks whether a run lives holds it for a moment
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            who = _holder(fd, path / LOCK_NAME)
+            if who or is_last:
+                raise StateError(f"{path} is {who or _UNSEEN}") from error
+
+
+_UNSEEN = (
+    "locked by a process that is not visible from here, in another container or of another user. "
+    "Wait for it to end, or name another folder in tiers.nvme.paths."
+)
+
+
+def _holder(fd: int, name: Path) -> str:
+    """Who holds the lock, and what to do; empty where nobody is seen to."""
+    pid = os.pread(fd, 32, 0).decode(errors="replace").strip()
+    if not pid.isdigit() or machine.is_alive(int(pid)):
+        return (
+            f"in use by another run (pid {pid or 'unknown'}). Wait for it to end, or name another "
+            "folder in tiers.nvme.paths."
+        )
+    left = machine.flock_holders(name)
+    if not left:
+        return ""
+    pids = " ".join(str(number) for number in left)
+    return (
+        f"still locked: its run (pid {pid}) is dead, but a process that it forked lives and has "
+        f"kept the lock (pid {pids}). End that process (kill {pids}), or name another folder in "
+        "tiers.nvme.paths."
+    )
+
+
+def is_same_file(fd: int, path: Path) -> bool:
+    """Whether a name still means the open file. Raises OSError where the drive does not say."""
     try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
         return False
 
 
-def refuse_committed(path: Path) -> None:
-    """Raise StateError where a run is committed in this folder: it is never wiped unasked."""
-    if (path / MANIFEST_NAME).exists() or (path / MEMBER_NAME).exists():
-        raise StateError(
-            f"{path} holds a committed run. Pass weights='resume' to go on with it, name another "
-            "folder in tiers.nvme.paths, or remove it with `offload clean`."
+def unlock(fd: int, path: Path) -> None:
+    """Give a lock back, and remove its file."""
+    remove_own(fd, path / LOCK_NAME)
+    close(fd)
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file that is the run's alone: no link, no second name, no pipe, and readable by nobody
+    else from now on. Changes nothing in it. Raises OSError.
+    """
+    # A pipe would block; direct I/O is to wait, however.
+    fd = os.open(path, flags | _FLAGS | os.O_NONBLOCK, 0o600)
+    try:
+        _check_own(os.fstat(fd), path)
+        os.set_blocking(fd, True)
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            _make_private(fd, path)
+    except BaseException:
+        close(fd)
+        raise
+    return fd
+
+
+def _check_own(status: os.stat_result, path: Path) -> None:
+    """Raise StorageError for a file that may be somebody else's under our name."""
+    if stat.S_ISLNK(status.st_mode):
+        raise StorageError(errno.ELOOP, "opening", path=str(path))
+    if not stat.S_ISREG(status.st_mode):
+        remedy = "It is not a regular file. Move it away, or name another folder in the policy."
+        raise StorageError(errno.EINVAL, "opening", path=str(path), remedy=remedy)
+    if status.st_nlink != 1:
+        remedy = (
+            "The file has a second name (a hard link), and what is written here would change it "
+            "there. Remove one of the names, or put a copy (cp) in the place of this one."
         )
+        raise StorageError(errno.EMLINK, "opening", path=str(path), remedy=remedy)
+
+
+def _make_private(fd: int, path: Path) -> None:
+    """Swapped state is the user's alone, whoever made the file before."""
+    status = os.fstat(fd)
+    if stat.S_IMODE(status.st_mode) == 0o600:
+        return
+    try:
+        os.fchmod(fd, 0o600)
+    except OSError as error:
+        if status.st_uid == os.geteuid():  # a file system without modes
+            logger.warning("%s: others may read it: %s", path, error.strerror)
+            return
+        raise StorageError(
+            error.errno or errno.EPERM, "taking over", path=str(path),
+            remedy="The file belongs to another user. Name a folder of your own in "
+            "tiers.nvme.paths.",
+        ) from error  # fmt: skip
+
+
+def refuse_committed(path: Path, *, died: str = "") -> None:
+    """Raise StateError where a run is committed in this folder: it is never wiped unasked.
+
+    `died` is a run that is known to have ended before its first commit was whole: its mark on the
+    folder means nothing.
+    """
+    if not lies_there(path / MANIFEST_NAME) and _marked_by(path) in ("", died):
+        return
+    raise StateError(
+        f"{path} holds a committed run. Pass weights='resume' to go on with it, name another "
+        "folder in tiers.nvme.paths, or remove it with `offload clean`."
+    )
+
+
+def _marked_by(path: Path) -> str:
+    """The run that has marked a folder as a part of it; empty where none has."""
+    try:
+        with open(open_own(path / MEMBER_NAME, os.O_RDONLY), "rb") as file:
+            return file.read(ALIGN_NBYTES).decode(errors="replace").split(" ")[0] or "unknown"
+    except FileNotFoundError:
+        return ""
+
+
+def run_without_manifest(path: Path) -> str:
+    """The run whose swap file a folder holds, as its first path, without a manifest: it died before
+    its first commit. Empty where there is none.
+    """
+    if lies_there(path / MANIFEST_NAME):
+        return ""
+    try:
+        with open(open_own(path / SWAP_NAME, os.O_RDONLY), "rb") as file:
+            words = file.read(ALIGN_NBYTES).rstrip(b"\0").decode(errors="replace").split()
+    except OSError:
+        return ""
+    return words[2] if words[:2] == ["offload-swap", "1"] and words[3:] == ["0"] else ""
+
+
+def lies_there(path: Path) -> bool:
+    """Whether there is anything of this name. Raises StorageError where the drive does not say: a
+    run that cannot be read is not an absent one.
+    """
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageError(error.errno or errno.EIO, "looking for", path=str(path)) from error
+    return True
 
 
 def remove_run_files(path: Path) -> None:
@@ -94,61 +268,74 @@ def remove_run_files(path: Path) -> None:
 
 
 def open_swap(folder: Path, nbytes: int, header: bytes | None, *, used_nbytes: int) -> int:
-    """Return a descriptor of the folder's swap file, `nbytes` long and all of it allocated.
+    """Return a descriptor of the folder's swap file, `nbytes` long and all of it allocated. Whoever
+    calls holds the folder's lock.
 
     A new file gets `header` as its first page. An old one, of which `used_nbytes` above 0 are in
     use, must begin with it.
     """
-    is_old = used_nbytes > 0
     path = folder / SWAP_NAME
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    if used_nbytes == 0:
+        with _new_swap(path, nbytes) as fd:
+            _preallocate(fd, path, nbytes)
+            if header is not None:
+                _write_page(fd, header)
+            return fd
     fd = -1
     try:
-        fd = _open_direct(path, flags | (0 if is_old else os.O_CREAT | os.O_TRUNC))
-        if is_old and header is not None:
+        fd = _open_direct(path, os.O_RDWR)
+        if header is not None:
             _check_old(fd, path, header, used_nbytes)
         _preallocate(fd, path, nbytes)
-        if is_old:
-            os.ftruncate(fd, nbytes)  # gradients of an earlier plan may have lain behind
-        elif header is not None:
-            _write_page(fd, header)
+        os.ftruncate(fd, nbytes)  # gradients of an earlier plan may have lain behind
     except BaseException as error:
-        if fd >= 0:
-            os.close(fd)
-            if not is_old:
-                path.unlink(missing_ok=True)
+        close(fd)
         if isinstance(error, StorageError) or not isinstance(error, OSError):
             raise
-        raise _creation_error(error, path, nbytes) from error
+        raise _opening_error(error, path, nbytes) from error
     return fd
 
 
 def create(folder: Path, header: bytes) -> int:
     """A new swap file that holds its header, and grows as it is written."""
-    path, fd = folder / SWAP_NAME, -1
-    try:
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = _open_direct(path, flags)
+    with _new_swap(folder / SWAP_NAME, ALIGN_NBYTES) as fd:
         _write_page(fd, header)
-    except OSError as error:
-        if fd >= 0:
-            os.close(fd)
-        raise _creation_error(error, path, ALIGN_NBYTES) from error
-    return fd
+        return fd
+
+
+@contextlib.contextmanager
+def _new_swap(path: Path, nbytes: int) -> Iterator[int]:
+    """A new swap file, which goes again when the block fails. What an earlier run left under its
+    name is removed, not written over: should somebody have it open, it stays what it was.
+    """
+    fd, is_ours = -1, False
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            _check_own(os.lstat(path), path)
+            path.unlink()
+        is_ours = True  # from here on what has this name is of our making
+        fd = _open_direct(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        yield fd
+    except BaseException as error:
+        close(fd)
+        if is_ours:
+            remove(path)
+        if isinstance(error, StorageError) or not isinstance(error, OSError):
+            raise
+        raise _creation_error(error, path, nbytes) from error
 
 
 def open_to_read(folder: Path, header: bytes) -> int:
     """A swap file that begins with `header`, for reading alone."""
-    path = folder / SWAP_NAME
+    path, fd = folder / SWAP_NAME, -1
     try:
-        fd = _open_direct(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as error:
-        raise StorageError(error.errno or errno.EIO, "opening", path=str(path)) from error
-    try:
+        fd = _open_direct(path, os.O_RDONLY)
         _check_old(fd, path, header, ALIGN_NBYTES)
-    except BaseException:
-        os.close(fd)
-        raise
+    except BaseException as error:
+        close(fd)
+        if isinstance(error, StorageError) or not isinstance(error, OSError):
+            raise
+        raise _opening_error(error, path, 0) from error
     return fd
 
 
@@ -179,8 +366,10 @@ def _check_old(fd: int, path: Path, header: bytes, used_nbytes: int) -> None:
 
 def _open_direct(path: Path, flags: int) -> int:
     try:
-        fd = os.open(path, flags | os.O_DIRECT, 0o600)
+        fd = open_own(path, flags | os.O_DIRECT)
     except OSError as error:
+        if isinstance(error, StorageError):
+            raise
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
         logger.warning(
@@ -188,14 +377,21 @@ def _open_direct(path: Path, flags: int) -> int:
             "costs "
             "memory outside the budget and CPU time for the copies", path,
         )  # fmt: skip
-        return os.open(path, flags, 0o600)
+        return open_own(path, flags & ~os.O_EXCL)  # some have made the file before they refuse
+    try:
+        _check_file_system(path)
+    except BaseException:
+        close(fd)
+        raise
+    return fd
+
+
+def _check_file_system(path: Path) -> None:
     if machine.is_tmpfs(path.parent):
         logger.warning("%s lies on tmpfs: its bytes are RAM, outside tiers.cpu.budget", path)
     align = machine.dioalign(path)
     if align is not None and max(align) > ALIGN_NBYTES:
-        os.close(fd)
         raise OSError(errno.EINVAL, f"needs {max(align)}-byte alignment")
-    return fd
 
 
 def _preallocate(fd: int, path: Path, nbytes: int) -> None:
@@ -220,7 +416,9 @@ def fallocate(fd: int, nbytes: int) -> None:
 
 
 def close(fd: int) -> None:
-    """Close a file on a drive that may be gone."""
+    """Close a file on a drive that may be gone. -1 is none."""
+    if fd < 0:
+        return
     with contextlib.suppress(OSError):  # it reports what was written, and closes all the same
         os.close(fd)
 
@@ -231,6 +429,27 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("%s stays behind: %s. Remove it when its drive is back.", path, error)
+
+
+def remove_own(fd: int, path: Path) -> None:
+    """Remove a file if its name still means the one that `fd` has open. Somebody may have removed
+    it, and another run may have made its own.
+    """
+    try:
+        if is_same_file(fd, path):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s stays behind: %s. Remove it when its drive is back.", path, error)
+
+
+def _opening_error(error: OSError, path: Path, nbytes: int) -> StorageError:
+    if error.errno != errno.ENOENT:
+        return _creation_error(error, path, nbytes)
+    remedy = (
+        "The run's manifest is there, its swap file is not. Give tiers.nvme.paths in the order of "
+        "the run, with its own drives mounted there, or start from a checkpoint."
+    )
+    return StorageError(errno.ENOENT, "opening", path=str(path), remedy=remedy)
 
 
 def _creation_error(error: OSError, path: Path, nbytes: int) -> StorageError:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from leaks import open_files
 from parity import bits
 
-from offload import io, store
+from offload import io, store, swapfile
 from offload.errors import BudgetError, StateError, StorageError
 from offload.slots import Slab
 from offload.store import ChunkStore, Extent
@@ -265,14 +265,14 @@ def test_a_missing_folder_is_made(nvme_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("code", ["EROFS", "EACCES", "ENOSPC", "EIO"])
-@pytest.mark.parametrize("call", ["open", "_fallocate"])
+@pytest.mark.parametrize("call", ["open", "fallocate"])
 def test_a_drive_that_refuses_is_named(
     call: str, code: str, nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of two drives fails: the error names it and a remedy; the first is left clean."""
     number = getattr(store.errno, code)
     good, bad = make_paths(nvme_dir, 2)
-    owner = os if call == "open" else store
+    owner = os if call == "open" else swapfile
     original = getattr(owner, call)
 
     def refuse(target: object, *args: int) -> object:
@@ -290,7 +290,7 @@ def test_a_drive_that_refuses_is_named(
     assert failed.value.errno == number and str(bad) in failed.value.path
     head, _, remedy = str(failed.value).partition(os.strerror(number) + ". ")
     assert code in head and remedy.endswith(".")
-    if code == "ENOSPC" and call == "_fallocate":
+    if code == "ENOSPC" and call == "fallocate":
         assert f"needs {32 * KIB} bytes there and " in str(failed.value)
     assert files_of(nvme_dir) == []
     files.open(None)
@@ -303,7 +303,7 @@ def test_a_file_system_that_cannot_preallocate_is_used_with_a_warning(
     def refuse(fd: int, nbytes: int) -> None:
         raise OSError(store.errno.EOPNOTSUPP, "no")
 
-    monkeypatch.setattr(store, "_fallocate", refuse)
+    monkeypatch.setattr(swapfile, "fallocate", refuse)
     files = ChunkStore([nvme_dir])
     files.allocate(1 << 20)
     files.open(None)

@@ -18,7 +18,7 @@ LAYERS = {
     name: layer
     for layer, names in enumerate(
         [
-            "errors tier timeline machine",
+            "errors tier timeline machine forks",
             "policy formats io slots stats openmp swapfile",
             "store update calibrate",
             "chunk schedule manifest",
