@@ -199,6 +199,33 @@ TEST(pipeline_storm) {
   }
 }
 
+// Steps of the same chunk one right behind the other: each reads what the last one has written.
+TEST(pipeline_steps_of_one_chunk) {
+  constexpr uint64_t kSteps = 6;
+  for (const Backend backend : backends()) {
+    for (uint64_t seed = 0; seed < 8; ++seed) {
+      const File file(kChunkNbytes);
+      const auto chunks = make_chunks(file, 1, seed);
+      Worker worker(backend);
+      std::vector<UpdateJob> jobs;
+      for (uint64_t step = 0; step < kSteps; ++step) {
+        jobs.push_back(chunks[0]->next_job(step));
+      }
+      for (UpdateJob& job : jobs) {
+        CHECK(worker.pipeline->submit(std::move(job)));
+      }
+      std::vector<UpdateCompletion> rows;
+      while (rows.size() < kSteps) {
+        worker.pipeline->wait(60.0, rows);
+      }
+      for (uint64_t step = 0; step < kSteps; ++step) {
+        CHECK(rows[step].tag == step && rows[step].result == 0);
+      }
+      chunks[0]->check();
+    }
+  }
+}
+
 TEST(pipeline_storm_with_faults) {
   set_fault_plan({{{FaultKind::kShort, 0, 0.1},
                    {FaultKind::kEintr, 0, 0.1},
