@@ -38,6 +38,7 @@ from offload.manifest import (
     ParamRecord,
     PlaneRecord,
     TensorRecord,
+    WearRecord,
 )
 from offload.store import ChunkStore, PlaneExtents
 from offload.swapfile import CHECKSUM_NAMES, MANIFEST_NAME, MEMBER_NAME
@@ -57,6 +58,7 @@ class StepRecord:
     buffers: dict[str, TensorRecord]
     rng: dict[str, str]
     progress: dict[str, Any]
+    wear: WearRecord
 
 
 class _Phase(enum.Enum):
@@ -80,7 +82,7 @@ class Commits:
         self._record: StepRecord | None = None
         self._num_saving = 0
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "offload-commit")
-        self._future: concurrent.futures.Future[None] | None = None
+        self._future: concurrent.futures.Future[int] | None = None
         self._start = 0.0
         self._is_first = True
         self.last_step: int | None = None  # the newest one that is durable
@@ -162,13 +164,15 @@ class Commits:
         self._phase = _Phase.SYNCING
         self._future = self._thread.submit(self._write)
 
-    def _finish(self, future: concurrent.futures.Future[None]) -> None:
+    def _finish(self, future: concurrent.futures.Future[int]) -> None:
         self._future, self._phase = None, _Phase.IDLE
         try:
-            future.result()
+            nbytes = future.result()
         except Exception as error:
             self._engine.fail(error)
             raise
+        self._engine.stats.moved(Link.WRITE, nbytes, 0.0)
+        self._engine.stats.wrote([nbytes])
         for chunk in self._engine.chunks:
             for extents in self._state_extents(chunk):
                 extents.commit()
@@ -182,12 +186,15 @@ class Commits:
 
     # ---- on the thread: what it reads does not change before _finish ----
 
-    def _write(self) -> None:
+    def _write(self) -> int:
+        """Returns how many bytes of checksums and manifest the first path has got."""
         self._store.sync()
         if self._is_first:
             self._claim_folders()
-        content = manifest.encode(self._manifest(self._write_checksums()))
+        checksums = self._write_checksums()
+        content = manifest.encode(self._manifest(checksums))
         write_durably(self._store.paths[0] / MANIFEST_NAME, content)
+        return len(content) + (checksums.nbytes if checksums is not None else 0)
 
     def _claim_folders(self) -> None:
         """Mark the other paths as parts of a run, and make the names of all files durable, which a
@@ -247,6 +254,7 @@ def manifest_of(
         rng=record.rng,
         progress=record.progress,
         kind="run",
+        wear=record.wear,
     )
 
 

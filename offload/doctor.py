@@ -14,6 +14,8 @@ from offload.calibrate import calibrate, profile_of
 from offload.errors import OffloadError
 from offload.policy import short_nbytes
 from offload.progress import Reporter
+from offload.smart import read_smart
+from offload.wear import decimal_nbytes
 
 
 def examine(paths: Sequence[Path], reporter: Reporter, *, again: bool = False) -> None:
@@ -67,7 +69,15 @@ def _path_facts(path: Path, backend: str, again: bool) -> list[str]:
         facts += [_direct_io(path), _speed(path, backend, again)]
     except (OffloadError, OSError) as error:
         facts.append(f"cannot be used: {error}")
-    return facts
+    return [*facts, f"wear: {_wear(path)}"]
+
+
+def _wear(path: Path) -> str:
+    log, detail = read_smart(path)
+    if log is None:
+        return f"not known, because {detail}"
+    written, used = decimal_nbytes(log.written_nbytes), log.percentage_used
+    return f"{written} written in the drive's life, {used} % of it used ({detail})"
 
 
 def _direct_io(path: Path) -> str:

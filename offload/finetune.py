@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -243,7 +243,8 @@ class _Job:
             optimizer, lambda i: rate_share(first + i, train)
         )
         engine.model.train()
-        with self.reporter.bar("training", train.steps) as bar, _stop_on_interrupt() as stop:
+        hurry = engine.run.wear.hurry
+        with self.reporter.bar("training", train.steps) as bar, _stop_on_interrupt(hurry) as stop:
             for step in range(first + 1, train.steps + 1):
                 start = time.perf_counter()
                 loss = self._step(engine, optimizer, batches, step)
@@ -252,9 +253,9 @@ class _Job:
                 stats = engine.stats()
                 tokens = train.batch_size * train.accumulation * batches.sequence_length
                 shares = stats.shares()
-                bar.update(
-                    step, f"loss {loss:.3f}  {tokens / seconds:.0f} tokens/s  {_where(shares)}"
-                )
+                wear = engine.run.wear.report().short()
+                note = f"loss {loss:.3f}  {tokens / seconds:.0f} tokens/s  {_where(shares)}"
+                bar.update(step, f"{note} | {wear}" if wear else note)
                 log.write(
                     "step",
                     step=step,
@@ -263,11 +264,13 @@ class _Job:
                     tokens_per_s=tokens / seconds,
                     shares=shares,
                     nbytes=stats.nbytes,
+                    written_by_drive=stats.written_by_drive,
                 )
                 if stop.is_requested:
                     self.reporter.say("stopped", f"after step {step} of {train.steps}, as asked")
                     return step
         self._say_traffic(engine.stats().nbytes)
+        self.reporter.say("wear", str(engine.run.wear.report()))
         return train.steps
 
     def _step(self, engine: Any, optimizer: Any, batches: Batches, step: int) -> float:
@@ -405,14 +408,17 @@ class _Stop:
 
 
 @contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[_Stop]:
-    """Make the first Ctrl-C a request to stop after the step; the second interrupts at once."""
+def _stop_on_interrupt(hurry: Callable[[], None]) -> Iterator[_Stop]:
+    """Make the first Ctrl-C a request to stop after the step, and `hurry` to its end; the second
+    interrupts at once.
+    """
     stop = _Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_requested:
             raise KeyboardInterrupt
         stop.is_requested = True
+        hurry()
 
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from offload.errors import OffloadError, StateError
-from offload.io import DEMAND, READ, IoQueue, Segment
+from offload.io import DEMAND, READ, WRITE, IoQueue, Segment
 from offload.stats import UPDATE, StatsCounter
 from offload.store import ChunkStore, Extent
 from offload.tier import DeviceEvent, Link
 from offload.timeline import Timeline
 from offload.transfer import Transfer
-from offload.update import PlaneArgument, UpdatePipeline
+from offload.update import PlaneArgument, UpdatePipeline, written_pieces
 
 Finish = Callable[[int, int, int], None]
 _WAIT_S = 0.01  # a blocked wait looks at the other completion source this often
@@ -31,7 +31,7 @@ class InFlight:
         timeline: Timeline,
         store: ChunkStore | None = None,
     ) -> None:
-        self.stats = StatsCounter()
+        self.stats = StatsCounter(len(store.paths) if store is not None else 0)
         self.failure: BaseException | None = None
         self._store = store
         self._queue = queue
@@ -91,7 +91,11 @@ class InFlight:
         """
         if self._queue is None:
             raise StateError(f"chunk {chunk}: there is no NVMe tier.")
-        tag = self._track(link, chunk, sum(segment[3] for segment in segments), finish)
+        nbytes = sum(segment[3] for segment in segments)
+        pieces = ((segment[0], segment[3]) for segment in segments)
+        tag = self._track(
+            link, chunk, nbytes, finish, written=self._by_drive(pieces) if op == WRITE else ()
+        )
         self._num_moving += 1
         self._queue.submit(op, tag, segments, priority)
 
@@ -115,7 +119,9 @@ class InFlight:
         write_all: bool,
     ) -> None:
         """Hand a chunk to the update worker."""
-        tag = self._track(Link.WRITE, chunk, 0, finish)
+        tile_numel = self._pipeline.tile_numel
+        pieces = written_pieces(numel, planes, ops, tile_numel, write_all=write_all)
+        tag = self._track(Link.WRITE, chunk, 0, finish, written=self._by_drive(pieces))
         self._num_updating += 1
         self._pipeline.submit(tag, fmt_code, numel, planes, ops, write_all=write_all)
 
@@ -139,12 +145,16 @@ class InFlight:
         finish: Finish,
         event: DeviceEvent | None = None,
         keep: tuple[object, ...] = (),
+        written: tuple[int, ...] = (),
     ) -> int:
         tag = next(self._tags)
         self._transfers[tag] = Transfer(
-            tag, link, chunk, nbytes, time.perf_counter(), finish, event, keep
+            tag, link, chunk, nbytes, time.perf_counter(), finish, event, keep, written
         )
         return tag
+
+    def _by_drive(self, pieces: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+        return self._store.by_drive(pieces) if self._store is not None else ()
 
     # ---- ending ----
 
@@ -231,6 +241,8 @@ class InFlight:
         end = time.perf_counter()
         self._timeline.record(lane, transfer.chunk, lane, transfer.start, end, transfer.nbytes)
         self.stats.moved(transfer.link, transfer.nbytes, seconds)
+        if result >= 0:
+            self.stats.wrote(transfer.written)
         try:
             transfer.finish(result, fd, offset)
         except BaseException as error:

@@ -90,6 +90,13 @@ class ChecksumsRecord(_Record):
     crc32: Annotated[int, Field(ge=0, lt=2**32)]
 
 
+class WearRecord(_Record):
+    """What the run has written by drive: in all, and in the hours of its last day."""
+
+    total: tuple[Count, ...] = Field(default=(), max_length=64)
+    hours: tuple[tuple[Count, tuple[Count, ...]], ...] = Field(default=(), max_length=64)
+
+
 class Manifest(_Record):
     """A committed step. `rng` has torch's state in base64 by device, `progress` is the user's."""
 
@@ -103,12 +110,15 @@ class Manifest(_Record):
     rng: dict[str, str]
     progress: dict[str, Any]
     kind: Literal["run", "checkpoint"] = "run"
+    wear: WearRecord = WearRecord()
 
     @model_validator(mode="after")
     def _adds_up(self) -> Manifest:
         for chunk in self.chunks:
             _check_chunk(chunk, self.state_format)
         _check_apart(self)
+        if {len(nbytes) for _, nbytes in self.wear.hours} - {len(self.wear.total)}:
+            raise ValueError("the wear of different hours is of different drives")
         return self
 
     def planes(self) -> Iterator[tuple[int, Plane, PlaneRecord]]:

@@ -84,10 +84,8 @@ def open_engine(
         backend, reason = choose_backend(nvme.io)
         fell_back = nvme.io == "auto" and backend != "uring"
         logger.log(logging.WARNING if fell_back else logging.INFO, "I/O: %s: %s", backend, reason)
-        profiles = drive_profiles(nvme.paths, backend)
-        weights = [profile.mixed_bandwidth for profile in profiles]
-        limits = slowest_limits(profiles)
-        store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest), weights)
+        limits = slowest_limits(drive_profiles(nvme.paths, backend))
+        store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest))
     try:
         slab.populate()
         device.register(slab)
@@ -107,6 +105,15 @@ def open_engine(
     except BaseException:
         slab.close()
         raise
+
+
+def path_weights(policy: OffloadPolicy) -> list[float]:
+    """The speeds of the policy's paths, where they differ and are known; else nothing."""
+    nvme = policy.tiers.nvme
+    if nvme is None or len(nvme.paths) == 1:
+        return []
+    profiles = drive_profiles(nvme.paths, choose_backend(nvme.io)[0])
+    return [profile.mixed_bandwidth for profile in profiles]
 
 
 def drive_profiles(paths: Sequence[Path], backend: str) -> list[DriveProfile]:
@@ -147,16 +154,12 @@ def slowest_limits(profiles: Sequence[DriveProfile]) -> Limits | None:
 
 
 def make_store(
-    plan: Plan,
-    paths: Sequence[Path],
-    slab: Slab,
-    run: RunFiles | None = None,
-    weights: Sequence[float] = (),
+    plan: Plan, paths: Sequence[Path], slab: Slab, run: RunFiles | None = None
 ) -> ChunkStore:
     """The store of a plan, its checksums in the slab."""
     table = slab.carve("checksums", plan.table_nbytes) if plan.table_nbytes else None
     return ChunkStore(
-        paths, run=run, checksum_nbytes=plan.checksum_nbytes, table=table, weights=weights
+        paths, run=run, checksum_nbytes=plan.checksum_nbytes, table=table, weights=plan.weights
     )
 
 

@@ -19,9 +19,10 @@ from offload.formats import GRAD_PLANES, NUMEL_MULTIPLE, Plane, StateFormat
 from offload.policy import OffloadPolicy, format_nbytes, short_nbytes
 from offload.schedule import count_loads, default_order
 from offload.slots import HUGE_PAGE_NBYTES, round_up
-from offload.store import table_nbytes
+from offload.store import shares, table_nbytes
 from offload.swapfile import ALIGN_NBYTES
 from offload.update import tile_buffer_nbytes
+from offload.wear import check_daily_limit, plan_lines
 
 WEIGHT_SLOTS_TARGET = 3  # one in use, one arriving, one being updated
 GRAD_SLOTS_TARGET = 3  # one landing, two waiting for the update worker
@@ -60,9 +61,11 @@ class Plan:
     tile_nbytes: int
     cpu_budget_nbytes: int
     uses_nvme: bool
-    num_paths: int = 0
+    weights: tuple[float, ...] = ()  # the speeds of the paths: planes are shared out by them
     checksum_nbytes: int = 0  # one checksum for so many bytes on NVMe; 0: none
     commit_every: int = 0  # steps from one commit to the next; 0: a crash loses the run
+    rated_nbytes: tuple[int, ...] = ()  # endurance by drive; empty: not known
+    max_writes_per_day: int | None = None  # bytes to one drive
 
     def pool_of(self, index: int) -> PoolSpec:
         return next(pool for pool in self.pools if index in pool.members)
@@ -130,6 +133,10 @@ class Plan:
             planes += self.fmt.grad_planes
         return planes
 
+    @property
+    def num_paths(self) -> int:
+        return len(self.weights)
+
     def num_extents(self, spec: ChunkSpec, plane: Plane) -> int:
         """Two for what changes and must survive a crash: see [Note: two extents] in store.py."""
         return 2 if self.commit_every and spec.trainable and plane not in GRAD_PLANES else 1
@@ -168,29 +175,50 @@ class Plan:
             if order is not None
             else default_order([s.index for s in self.specs if not s.is_small])
         )
-        read = write = 0
+        read = 0
         for pool in self.pools:
             members = [i for i in pool.members if (i, Plane.WEIGHT) not in self.pinned]
             loads = count_loads([i for i in order if i in members], pool.num_weight_slots)
             read += sum(loads[i] * self.specs[i].nbytes(Plane.WEIGHT, self.fmt) for i in loads)
         for spec in self.specs:
-            update_read, update_write = self._update_traffic(spec)
-            read, write = read + update_read, write + update_write
-        if self.commit_every:
-            write += self.commit_nbytes // self.commit_every
-        return read, write
+            read += self._update_read(spec)
+        return read, sum(self.written_by_drive())
 
-    def _update_traffic(self, spec: ChunkSpec) -> tuple[int, int]:
-        """What a chunk's update moves beside the weight read, which a fetch pays for."""
+    def written_by_drive(self, *, at_most: bool = False) -> tuple[int, ...]:
+        """Predicted bytes written to each drive per optimizer step, on average; with `at_most`, of
+        a step that commits.
+        """
+        totals, commits = [0] * self.num_paths, [0] * self.num_paths
+        for spec in self.specs:
+            if spec.trainable and self.uses_files:
+                for plane in self._written_planes(spec):
+                    self._stripe_onto(totals, spec, plane)
+                for plane in spec.state_planes(self.fmt):
+                    if self.commit_every and (spec.index, plane) in self.pinned:
+                        self._stripe_onto(commits, spec, plane)
+        every = 1 if at_most else max(self.commit_every, 1)
+        return tuple(n + commit // every for n, commit in zip(totals, commits, strict=True))
+
+    def _stripe_onto(self, totals: list[int], spec: ChunkSpec, plane: Plane) -> None:
+        align = self.checksum_nbytes or ALIGN_NBYTES
+        nbytes_by_drive = shares(spec.nbytes(plane, self.fmt), self.weights, align)
+        for drive, nbytes in enumerate(nbytes_by_drive):
+            totals[drive] += nbytes
+
+    def _written_planes(self, spec: ChunkSpec) -> list[Plane]:
+        """The planes of a trainable chunk that a step writes to its extents, but for a commit."""
+        planes = [p for p in spec.state_planes(self.fmt) if (spec.index, p) not in self.pinned]
+        return planes if self.eager or self.grads_resident else [*planes, Plane.GRAD]
+
+    def _update_read(self, spec: ChunkSpec) -> int:
+        """What a chunk's update reads beside the weights, which a fetch pays for."""
         if not (self.uses_nvme and spec.trainable):
-            return 0, 0
-        state = [p for p in spec.state_planes(self.fmt) if (spec.index, p) not in self.pinned]
-        write = sum(spec.nbytes(p, self.fmt) for p in state)
-        read = sum(spec.nbytes(p, self.fmt) for p in state if p is not Plane.WEIGHT)
-        if self.eager and spec.index == self.postponed and Plane.WEIGHT in state:
+            return 0
+        written = self._written_planes(spec)
+        read = sum(spec.nbytes(p, self.fmt) for p in written if p is not Plane.WEIGHT)
+        if self.eager and spec.index == self.postponed and Plane.WEIGHT in written:
             read += spec.nbytes(Plane.WEIGHT, self.fmt)  # its slot has gone to others by then
-        spill = 0 if self.eager or self.grads_resident else spec.nbytes(Plane.GRAD, self.fmt)
-        return read + spill, write + spill
+        return read
 
     def __str__(self) -> str:
         num_params = sum(spec.num_params for spec in self.specs)
@@ -211,6 +239,10 @@ class Plan:
                 f"  per step about {short_nbytes(read)} read, {short_nbytes(write)} written "
                 f"({read / num_params:.1f} + {write / num_params:.1f} B/param)"
             )
+            step = self.written_by_drive()
+            lines += [
+                f"  {x}" for x in plan_lines(step, self.rated_nbytes, self.max_writes_per_day)
+            ]
         if self.commit_every:
             lines.append(
                 f"  a commit every {self.commit_every} steps writes "
@@ -222,11 +254,17 @@ class Plan:
 
 
 def make_plan(
-    specs: Sequence[ChunkSpec], fmt: StateFormat, policy: OffloadPolicy, *, host_compute: bool
+    specs: Sequence[ChunkSpec],
+    fmt: StateFormat,
+    policy: OffloadPolicy,
+    *,
+    host_compute: bool,
+    weights: Sequence[float] = (),
 ) -> Plan:
     """Place every plane under the budgets of `policy`.
 
-    Raises BudgetError with the itemised sum and the smallest budget that would do.
+    Raises BudgetError with the itemised sum and the smallest budget that would do, PolicyError
+    where a step writes more than tiers.nvme.max_writes_per_day.
     """
     specs = [spec.aligned(fmt) for spec in specs]
     tile_numel = min(policy.optimizer.tile_numel, max(spec.numel for spec in specs))
@@ -237,7 +275,9 @@ def make_plan(
     while True:
         try:
             tile = round_up(tile_numel, fmt.numel_multiple)
-            return _Planner(tuple(specs), fmt, policy, host_compute, tile).plan()
+            plan = _Planner(tuple(specs), fmt, policy, host_compute, tile, weights).plan()
+            check_daily_limit(plan.written_by_drive(at_most=True), plan.max_writes_per_day)
+            return plan
         except BudgetError:
             if tile_numel <= _MIN_TILE_NUMEL:
                 raise  # with the smallest tiles: the budget that it names is enough
@@ -254,7 +294,10 @@ class _Planner:
         policy: OffloadPolicy,
         host_compute: bool,
         tile_numel: int,
+        weights: Sequence[float],
     ) -> None:
+        nvme = policy.tiers.nvme
+        self.weights = tuple(weights) or (1.0,) * (len(nvme.paths) if nvme is not None else 0)
         self.specs, self.fmt, self.policy = specs, fmt, policy
         self.host_compute = host_compute
         self.budget = policy.tiers.cpu.budget
@@ -306,9 +349,11 @@ class _Planner:
             tile_nbytes=round_up(tile_buffer_nbytes(self.tile_numel), NUMEL_MULTIPLE),
             cpu_budget_nbytes=self.budget,
             uses_nvme=self.has_nvme,
-            num_paths=len(nvme.paths) if nvme is not None else 0,
+            weights=self.weights,
             checksum_nbytes=self._checksum_nbytes(),
             commit_every=self.policy.commit_every,
+            rated_nbytes=nvme.rated_nbytes if nvme is not None else (),
+            max_writes_per_day=nvme.max_writes_per_day if nvme is not None else None,
         )
         return dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
 

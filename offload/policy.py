@@ -129,11 +129,27 @@ def _absolute_paths(value: object) -> tuple[Path, ...]:
     return paths
 
 
+def _endurance(value: object) -> tuple[int, ...]:
+    """Return the bytes that each drive is rated for, or one number for every drive."""
+    rated = tuple(map(parse_nbytes, value if isinstance(value, list | tuple) else [value]))
+    if not rated or 0 in rated:
+        raise ValueError(f"{_show(value)} is not a size above 0, or a list of sizes")
+    return rated
+
+
+_SIZE_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string"}]
+}
 Nbytes = Annotated[
     int,
     BeforeValidator(parse_nbytes),
     Field(gt=0),
-    WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string"}]}),
+    WithJsonSchema(_SIZE_SCHEMA),
+]
+Endurance = Annotated[
+    tuple[int, ...],
+    BeforeValidator(_endurance),
+    WithJsonSchema({"anyOf": [*_SIZE_SCHEMA["anyOf"], {"type": "array", "items": _SIZE_SCHEMA}]}),
 ]
 
 
@@ -199,6 +215,32 @@ class NvmePolicy(Section):
     checksum: bool = Field(
         default=True, description="true (every block read is verified by its CRC32C) or false"
     )
+    endurance: Endurance | None = Field(
+        default=None,
+        description="a size above 0, such as 600TB: what a drive is rated to write (its TBW); or a "
+        "list of one per path; null: not known",
+    )
+    max_writes_per_day: Nbytes | None = Field(
+        default=None,
+        description="a size above 0: the most that a drive gets written within any 24 hours, kept "
+        "by waiting between steps; null: no limit",
+    )
+
+    @field_validator("endurance", mode="after")
+    @classmethod
+    def _endurance_of_each_path(
+        cls, value: tuple[int, ...] | None, info: ValidationInfo
+    ) -> tuple[int, ...] | None:
+        paths = info.data.get("paths", ())
+        if value is not None and len(value) not in (1, len(paths)):
+            raise ValueError(f"{len(value)} sizes for {len(paths)} paths")
+        return value
+
+    @property
+    def rated_nbytes(self) -> tuple[int, ...]:
+        """The endurance of every path's drive; empty where it is not known."""
+        rated = self.endurance or ()
+        return rated * len(self.paths) if len(rated) == 1 else rated
 
 
 class TiersPolicy(Section):

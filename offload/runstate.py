@@ -12,8 +12,10 @@ from offload.checkpoint import Checkpoint
 from offload.commit import Commits, StepRecord
 from offload.engine import Engine
 from offload.errors import StateError
-from offload.manifest import Manifest
+from offload.manifest import Manifest, WearRecord
+from offload.meter import WearMeter
 from offload.recovery import persistent_buffers, random_states
+from offload.wear import Writes
 
 
 class RunState:
@@ -30,12 +32,15 @@ class RunState:
         self._model = model
         self._commits = commits
         self._checkpoint: Checkpoint | None = None
+        self.wear = WearMeter(engine, _earlier_writes(engine, manifest))
 
     def end_step(self) -> None:
-        """An optimizer step has been given out. Does not block."""
+        """An optimizer step has been given out. Blocks only for tiers.nvme.max_writes_per_day."""
         self.num_steps += 1
+        self.wear.end_step()
         if self._commits is not None and self.num_steps % self._engine.plan.commit_every == 0:
             self._commits.begin(self._record())
+        self.wear.pause()
 
     def settle(self) -> None:
         """Wait for the commit under way."""
@@ -92,10 +97,20 @@ class RunState:
             raise StateError(
                 f"engine.progress cannot be kept with a commit: {error}. Use what JSON can hold."
             ) from error
+        wear = self.wear.expected()
         return StepRecord(
             step=self.num_steps,
             num_steps=tuple(tuple(chunk.num_steps) for chunk in self._engine.chunks),
             buffers=persistent_buffers(self._model),
             rng=random_states(self._engine.device.torch_device),
             progress=progress,
+            wear=WearRecord.model_construct(total=wear.total, hours=wear.hours),
         )
+
+
+def _earlier_writes(engine: Engine, manifest: Manifest | None) -> Writes:
+    """What the same run wrote to the same drives; a checkpoint may have come from others."""
+    num_drives = len(engine.store.paths) if engine.store is not None else 0
+    if manifest is None or manifest.kind != "run" or len(manifest.wear.total) != num_drives:
+        return Writes()
+    return Writes(manifest.wear.total, manifest.wear.hours)

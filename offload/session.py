@@ -29,6 +29,7 @@ from offload.opening import (
     manifest_to_resume,
     open_commits,
     open_engine,
+    path_weights,
 )
 from offload.openmp import Calm
 from offload.partition import Partition, partition
@@ -90,7 +91,9 @@ class Session:
         fmt = state_format(policy.state.format, policy.optimizer.kind)
         host = self.device.is_host
         try:
-            self.plan = make_plan(parts.specs, fmt, policy, host_compute=host)
+            self.plan = make_plan(
+                parts.specs, fmt, policy, host_compute=host, weights=path_weights(policy)
+            )
             manifest = manifest_to_resume(policy, weights, self.plan)
             saved = manifest_to_restore(weights, self.plan)
             self._engine = open_engine(

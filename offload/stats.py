@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 from offload.tier import Link
 
@@ -13,7 +14,8 @@ COMPUTE = "compute"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """The last finished step. `nbytes` and `busy_s` by link name; `stall_s` by what was waited for.
+    """The last finished step. `nbytes` and `busy_s` by link name; `stall_s` by what was waited for;
+    `written_by_drive` in the order of tiers.nvme.paths.
 
     Transfers overlap, so busy seconds of a link can exceed the wall time.
     """
@@ -24,6 +26,7 @@ class StepStats:
     stall_s: dict[str, float]
     num_updates: int
     update_kernel_s: float
+    written_by_drive: tuple[int, ...] = ()
 
     def shares(self) -> dict[str, float]:
         """Fractions of the wall time: each stall, and `compute` for the rest; they sum to 1."""
@@ -35,7 +38,8 @@ class StepStats:
 class StatsCounter:
     """Counts during a step; `roll` gives the finished step and starts the next."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_drives: int = 0) -> None:
+        self._num_drives = num_drives
         self.last = self._reset()
 
     def _reset(self) -> StepStats:
@@ -43,6 +47,7 @@ class StatsCounter:
         self._nbytes = {link.value: 0 for link in Link}
         self._busy_s = {link.value: 0.0 for link in Link}
         self._stall_s: dict[str, float] = {}
+        self._written = [0] * self._num_drives
         self._num_updates = 0
         self._kernel_s = 0.0
         return StepStats(
@@ -52,6 +57,11 @@ class StatsCounter:
     def moved(self, link: Link, nbytes: int, seconds: float) -> None:
         self._nbytes[link.value] += nbytes
         self._busy_s[link.value] += seconds
+
+    def wrote(self, by_drive: Sequence[int]) -> None:
+        """Bytes that reached the first drives; `moved` has them, too."""
+        for drive, nbytes in enumerate(by_drive):
+            self._written[drive] += nbytes
 
     def stalled(self, cause: str, seconds: float) -> None:
         self._stall_s[cause] = self._stall_s.get(cause, 0.0) + seconds
@@ -68,6 +78,7 @@ class StatsCounter:
             stall_s=self._stall_s,
             num_updates=self._num_updates,
             update_kernel_s=self._kernel_s,
+            written_by_drive=tuple(self._written),
         )
         self._reset()
         return self.last

@@ -16,7 +16,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -323,6 +323,13 @@ class ChunkStore:
                 segments.append((fd, offset + skip, address + first - begin, last - first, entry))
             start += piece
         return segments
+
+    def by_drive(self, pieces: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+        """Sum (fd, nbytes) by path."""
+        totals = [0] * len(self.paths)
+        for fd, nbytes in pieces:
+            totals[self._fds.index(fd)] += nbytes
+        return tuple(totals)
 
     def error(self, code: int, action: str, fd: int, offset: int, chunk: str) -> StorageError:
         """The StorageError for a failed completion."""

@@ -41,6 +41,7 @@ class Transfer:
     finish: Callable[[int, int, int], None]
     event: DeviceEvent | None = None
     keep: tuple[object, ...] = ()
+    written: tuple[int, ...] = ()  # bytes by drive, where it is a write
 
 
 class Device(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from offload import _native
 from offload.io import Limits, default_limits
@@ -119,6 +119,44 @@ class UpdateCompletion:
     kernel_seconds: float
 
 
+def written_pieces(
+    numel: int,
+    planes: Sequence[PlaneArgument | None],
+    ops: bytes,
+    tile_numel: int,
+    *,
+    write_all: bool,
+) -> Iterator[tuple[int, int]]:
+    """Yield (fd, nbytes) of what a job will write: all of its write segments, or their part in the
+    tiles that its ops touch.
+    """
+    touched = [(0, numel)] if write_all else _touched(numel, ops, tile_numel)
+    for plane in planes:
+        if plane is None or plane.write is None:
+            continue
+        itemsize = sum(segment[2] for segment in plane.write) // numel
+        start = 0
+        for segment in plane.write:
+            end = start + segment[2]
+            for first, last in touched:
+                nbytes = min(end, last * itemsize) - max(start, first * itemsize)
+                if nbytes > 0:
+                    yield segment[0], nbytes
+            start = end
+
+
+def _touched(numel: int, ops: bytes, tile_numel: int) -> list[tuple[int, int]]:
+    """The elements of all tiles that ops reach into, as few ranges in order."""
+    ranges: list[tuple[int, int]] = []
+    for begin, end, *_ in _OP.iter_unpack(ops):
+        first = begin // tile_numel * tile_numel
+        last = min(-(-end // tile_numel) * tile_numel, numel)
+        if ranges and first <= ranges[-1][1]:
+            first = ranges.pop()[0]
+        ranges.append((first, last))
+    return ranges
+
+
 def tile_buffer_nbytes(tile_numel: int) -> int:
     """Bytes of slab that the worker's tile buffers need."""
     return int(_native.update_buffer_nbytes(NUM_TILES, tile_numel))
@@ -145,6 +183,7 @@ class UpdatePipeline:
         *,
         checksum_nbytes: int = 0,
     ) -> None:
+        self.tile_numel = tile_numel
         limits = limits or default_limits(backend)
         self._pipeline = _native.UpdatePipeline(
             backend,

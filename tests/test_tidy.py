@@ -18,14 +18,14 @@ LAYERS = {
     name: layer
     for layer, names in enumerate(
         [
-            "errors tier timeline machine forks",
-            "policy formats io slots stats openmp swapfile",
+            "errors tier timeline machine forks smart",
+            "policy formats io slots stats openmp swapfile wear",
             "store update calibrate",
             "chunk schedule manifest",
             "plan transfer jobs",
             "residence inflight routing homes",
             "engine",
-            "landing planes materialise export report pretrained optim progress commit",
+            "landing planes materialise export report pretrained optim progress commit meter",
             "hooks recovery runs checkpoint",
             "blocks opening runstate restore",
             "partition",

@@ -1,0 +1,107 @@
+"""The wear of a run's drives: measured step by step, and kept under the daily limit by waiting."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from offload.engine import Engine
+from offload.smart import read_smart
+from offload.wear import DAY_S, WEAR_LIMIT, DriveWear, WearReport, Writes, decimal_nbytes
+
+logger = logging.getLogger("offload")
+BY_POLICY = "tiers.nvme.endurance states"
+BY_SMART = "its SMART log implies"
+SLICE_S = 0.2  # of a pause: updates and commits under way go on between
+
+
+class WearMeter:
+    """Adds up what each step writes. `now_s` and `sleep` are the clock, so that tests have one."""
+
+    def __init__(self, engine: Engine, writes: Writes) -> None:
+        self.writes = writes  # of this run, in earlier processes too
+        self.now_s: Callable[[], float] = time.time
+        self.sleep: Callable[[float], None] = time.sleep
+        self._engine = engine
+        self._plan = engine.plan
+        paths = engine.store.paths if engine.store is not None else ()
+        self._smart = [read_smart(path).log for path in paths]
+        self._step = self._plan.written_by_drive()  # what the next one is expected to write
+        self._own = Writes()  # of this process, to set against what SMART said at its start
+        self._num_steps = 0
+        self._begin: Writes = self._own  # at the end of the first step: it moved the model in
+        self._begin_s = self._last_end_s = 0.0
+        self._waits = True
+        self._has_said = False
+
+    def end_step(self) -> None:
+        """A step is over, and its statistics have rolled."""
+        written, now_s = self._engine.stats.last.written_by_drive, self.now_s()
+        if not written:
+            return
+        self.writes = self.writes.plus(written, now_s)
+        self._own = self._own.plus(written, now_s)
+        self._num_steps += 1
+        self._last_end_s = now_s
+        if self._num_steps == 1:
+            self._begin, self._begin_s = self._own, now_s
+        else:
+            self._step = written
+
+    def expected(self) -> Writes:
+        """The writes so far, and a step's beside them: updates and a commit are still to come, and
+        whoever goes on from here must not forget them. At most a step too much.
+        """
+        return self.writes.plus(self._step, self.now_s()) if any(self._step) else self.writes
+
+    def hurry(self) -> None:
+        """End the pause under way, and wait no more: the run is about to end."""
+        self._waits = False
+
+    def pause(self) -> None:
+        """Wait until the next step may be written. See [Note: daily limit] in wear.py."""
+        limit = self._plan.max_writes_per_day
+        while limit is not None and self._waits and self._num_steps:
+            now_s = self.now_s()
+            left_s = self.writes.pause_s(
+                self._step, limit, last_end_s=self._last_end_s, now_s=now_s
+            )
+            if left_s <= 0:
+                return
+            self._say(limit)
+            self.sleep(min(left_s, SLICE_S))
+            self._engine.stats.stalled(WEAR_LIMIT, self.now_s() - now_s)
+            self._engine.poll()
+
+    def _say(self, limit: int) -> None:
+        if not self._has_said:
+            self._has_said = True
+            logger.warning(
+                "steps wait from now on, because tiers.nvme.max_writes_per_day allows a drive %s "
+                "in 24 hours and a step writes %s",
+                decimal_nbytes(limit), decimal_nbytes(max(self._step)),
+            )  # fmt: skip
+
+    def report(self) -> WearReport:
+        """What has been written, and how long the drives last at this pace."""
+        return WearReport(tuple(self._drive(i) for i in range(len(self.writes.total))))
+
+    def _drive(self, index: int) -> DriveWear:
+        smart = self._smart[index]
+        own, written = self._own.total, self.writes.total[index]
+        since = own[index] - self._begin.total[index] if own else 0
+        elapsed_s = self._last_end_s - self._begin_s
+        rated, rated_by = None, ""
+        if self._plan.rated_nbytes:
+            rated, rated_by = self._plan.rated_nbytes[index], BY_POLICY
+        elif smart is not None:
+            rated, rated_by = smart.rated_nbytes, BY_SMART
+        return DriveWear(
+            written_nbytes=written,
+            step_nbytes=since // max(self._num_steps - 1, 1),
+            nbytes_per_day=since * DAY_S / elapsed_s if elapsed_s > 0 else 0.0,
+            used_nbytes=smart.written_nbytes + own[index] if smart and own else written,
+            rated_nbytes=rated,
+            rated_by=rated_by,
+        )
