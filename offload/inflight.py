@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from offload.errors import OffloadError, StateError
 from offload.io import DEMAND, READ, WRITE, IoQueue, Segment
@@ -92,10 +92,10 @@ class InFlight:
         if self._queue is None:
             raise StateError(f"chunk {chunk}: there is no NVMe tier.")
         nbytes = sum(segment[3] for segment in segments)
-        pieces = ((segment[0], segment[3]) for segment in segments)
-        tag = self._track(
-            link, chunk, nbytes, finish, written=self._by_drive(pieces) if op == WRITE else ()
-        )
+        written: tuple[int, ...] = ()
+        if op == WRITE and self._store is not None:
+            written = self._store.by_drive((segment[0], segment[3]) for segment in segments)
+        tag = self._track(link, chunk, nbytes, finish, written=written)
         self._num_moving += 1
         self._queue.submit(op, tag, segments, priority)
 
@@ -119,9 +119,12 @@ class InFlight:
         write_all: bool,
     ) -> None:
         """Hand a chunk to the update worker."""
-        tile_numel = self._pipeline.tile_numel
-        pieces = written_pieces(numel, planes, ops, tile_numel, write_all=write_all)
-        tag = self._track(Link.WRITE, chunk, 0, finish, written=self._by_drive(pieces))
+        written: tuple[int, ...] = ()
+        if self._store is not None:
+            tile_numel = self._pipeline.tile_numel
+            pieces = written_pieces(numel, planes, ops, tile_numel, write_all=write_all)
+            written = self._store.by_drive(pieces)
+        tag = self._track(Link.WRITE, chunk, 0, finish, written=written)
         self._num_updating += 1
         self._pipeline.submit(tag, fmt_code, numel, planes, ops, write_all=write_all)
 
@@ -152,9 +155,6 @@ class InFlight:
             tag, link, chunk, nbytes, time.perf_counter(), finish, event, keep, written
         )
         return tag
-
-    def _by_drive(self, pieces: Iterable[tuple[int, int]]) -> tuple[int, ...]:
-        return self._store.by_drive(pieces) if self._store is not None else ()
 
     # ---- ending ----
 

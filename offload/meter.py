@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 from offload.engine import Engine
 from offload.smart import read_smart
@@ -17,12 +16,10 @@ SLICE_S = 0.2  # of a pause: updates and commits under way go on between
 
 
 class WearMeter:
-    """Adds up what each step writes. `now_s` and `sleep` are the clock, so that tests have one."""
+    """Adds up what each step writes, and waits."""
 
     def __init__(self, engine: Engine, writes: Writes) -> None:
         self.writes = writes  # of this run, in earlier processes too
-        self.now_s: Callable[[], float] = time.time
-        self.sleep: Callable[[float], None] = time.sleep
         self._engine = engine
         self._plan = engine.plan
         paths = engine.store.paths if engine.store is not None else ()
@@ -32,12 +29,13 @@ class WearMeter:
         self._num_steps = 0
         self._begin: Writes = self._own  # at the end of the first step: it moved the model in
         self._begin_s = self._last_end_s = 0.0
+        self._last_begin_s = 0.0
         self._waits = True
         self._has_said = False
 
     def end_step(self) -> None:
         """A step is over, and its statistics have rolled."""
-        written, now_s = self._engine.stats.last.written_by_drive, self.now_s()
+        written, now_s = self._engine.stats.last.written_by_drive, time.time()
         if not written:
             return
         self.writes = self.writes.plus(written, now_s)
@@ -53,26 +51,29 @@ class WearMeter:
         """The writes so far, and a step's beside them: updates and a commit are still to come, and
         whoever goes on from here must not forget them. At most a step too much.
         """
-        return self.writes.plus(self._step, self.now_s()) if any(self._step) else self.writes
+        return self.writes.plus(self._step, time.time()) if any(self._step) else self.writes
 
     def hurry(self) -> None:
         """End the pause under way, and wait no more: the run is about to end."""
         self._waits = False
 
     def pause(self) -> None:
-        """Wait until the next step may be written. See [Note: daily limit] in wear.py."""
+        """Wait until the next step may be written, also before the first of this process. See
+        [Note: daily limit] in wear.py.
+        """
         limit = self._plan.max_writes_per_day
-        while limit is not None and self._waits and self._num_steps:
-            now_s = self.now_s()
+        while limit is not None and self._waits:
+            now_s = time.time()
             left_s = self.writes.pause_s(
-                self._step, limit, last_end_s=self._last_end_s, now_s=now_s
+                self._step, limit, last_begin_s=self._last_begin_s, now_s=now_s
             )
             if left_s <= 0:
-                return
+                break
             self._say(limit)
-            self.sleep(min(left_s, SLICE_S))
-            self._engine.stats.stalled(WEAR_LIMIT, self.now_s() - now_s)
+            time.sleep(min(left_s, SLICE_S))
+            self._engine.stats.stalled(WEAR_LIMIT, time.time() - now_s)
             self._engine.poll()
+        self._last_begin_s = time.time()
 
     def _say(self, limit: int) -> None:
         if not self._has_said:

@@ -114,6 +114,7 @@ class Session:
         try:
             self._materialise(weights, saved)
             self._attach(parts)
+            self.run.wear.pause()  # an earlier process may have written all that a day allows
         except BaseException:
             self._abort(constructing=True)
             raise

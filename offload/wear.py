@@ -2,10 +2,10 @@
 
 [Note: daily limit] `tiers.nvme.max_writes_per_day` holds for any 24 hours, not for days of the
 calendar and not on average: what a drive was written is remembered by the hour, and an hour counts
-until all of it is a day old. What is left is never spent at once: a step may take its share of it,
-as if it had to last for another hour. So a short run is hardly slowed down, a long one gets slower
-step by step until it keeps to a little less than the limit, and none ever stands still for hours.
-(A token bucket as deep as a day's limit would let twice the limit through on the first day.)
+until all of it is a day old. Half of the limit may be spent at full speed, so that a short run is
+not slowed down. From there on steps are spread: at the highest even pace that never has to stop for
+what was written before to get old. (A token bucket as deep as a day's limit would let twice the
+limit through on the first day; a shallow one would slow down every short run.)
 Rates and ratings of drives are in decimal units, as their makers give them.
 """
 
@@ -18,6 +18,7 @@ from offload.errors import PolicyError
 
 DAY_S = 86400
 HOUR_S = 3600
+FREE_SHARE = 0.5  # of the limit, before steps are spread
 HOURS_KEPT = DAY_S // HOUR_S  # full ones, beside the one that has begun
 WEAR_LIMIT = "wear limit"  # waiting until a drive may be written again
 _YEAR_DAYS = 365
@@ -61,23 +62,46 @@ class Writes:
         oldest = _oldest_hour(now_s)
         return sum(nbytes[drive] for begun, nbytes in self.hours if begun >= oldest)
 
-    def pause_s(self, step: Sequence[int], limit: int, *, last_end_s: float, now_s: float) -> float:
-        """Seconds to wait before a step that writes `step` by drive, after one that ended at
-        `last_end_s`. May have to be asked again then. See [Note: daily limit].
+    def pause_s(
+        self, step: Sequence[int], limit: int, *, last_begin_s: float, now_s: float
+    ) -> float:
+        """Seconds to wait before a step that writes `step` by drive, after one that began at
+        `last_begin_s`. May have to be asked again then. See [Note: daily limit].
         """
         pauses = [0.0]
-        counting = [begun for begun, _ in self.hours if begun >= _oldest_hour(now_s)]
         for drive, nbytes in enumerate(step):
             left = limit - self.recent(drive, now_s)
-            if nbytes <= left:
-                pauses.append(last_end_s + HOUR_S * nbytes / max(left, 1) - now_s)
-            elif counting:
-                pauses.append((counting[0] + HOURS_KEPT + 1) * HOUR_S - now_s)
+            due = self._due(drive, now_s)
+            if nbytes > left and due:
+                pauses.append(due[0][0])
+            elif limit - left + nbytes > limit * FREE_SHARE:
+                begin_s = min(last_begin_s, now_s)  # a clock may be set back
+                pauses.append(begin_s + nbytes / _even_pace(left, due) - now_s)
         return max(pauses)
+
+    def _due(self, drive: int, now_s: float) -> list[tuple[float, int]]:
+        """(seconds from now, bytes) of each hour that counts, when it will not any more."""
+        oldest = _oldest_hour(now_s)
+        return [
+            ((begun + HOURS_KEPT + 1) * HOUR_S - now_s, nbytes[drive])
+            for begun, nbytes in self.hours
+            if begun >= oldest
+        ]
 
 
 def _oldest_hour(now_s: float) -> int:
     return int(now_s // HOUR_S) - HOURS_KEPT
+
+
+def _even_pace(left: int, due: Sequence[tuple[float, int]]) -> float:
+    """The most bytes a second that `left` can bear, if (seconds from now, bytes) are due to be
+    added to it: spent at this pace it is never below 0.
+    """
+    pace, room = float("inf"), left
+    for in_s, nbytes in due:
+        pace = min(pace, room / in_s)
+        room += nbytes
+    return max(pace, 1e-9)
 
 
 def check_daily_limit(step: Sequence[int], limit: int | None) -> None:
