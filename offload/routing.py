@@ -61,6 +61,14 @@ def owner_of(param: torch.Tensor) -> Owner | None:
     return next((owner for owner in _owners if owner.owns(param)), None)
 
 
+def refuse_twice(params: Iterable[torch.Tensor]) -> None:
+    """Raise StateError where an engine holds a parameter already."""
+    if any(owner_of(param) is not None for param in params):
+        raise StateError(
+            "this model is offloaded already; close the first engine before the second."
+        )
+
+
 def register(owner: Owner) -> None:
     """Make an engine findable; the first one also installs the routing."""
     with _lock:

@@ -83,7 +83,7 @@ class Session:
         self._captured: list[tuple[Any, ...]] | None = None  # for this step's eager updates
         self._clipped = False
         self.recovered: Recovered | None = None
-        self._refuse_twice()
+        routing.refuse_twice(model.parameters())
         parts = partition(model)
         materialise.check_source(model, weights)
         self.timeline = Timeline(TIMELINE_CAPACITY)
@@ -120,12 +120,6 @@ class Session:
             raise
 
     # ---- construction ----
-
-    def _refuse_twice(self) -> None:
-        if any(routing.owner_of(param) is not None for param in self.model.parameters()):
-            raise StateError(
-                "this model is offloaded already; close the first engine before the second."
-            )
 
     def _materialise(self, weights: str | Path | None, saved: Manifest | None) -> None:
         if saved is not None and weights == RESUME:
