@@ -37,9 +37,12 @@ constexpr double kSignalSeconds = 0.2;  // how long Ctrl-C may have to wait for 
 
 struct IoQueueObject {
   PyObject_HEAD IoQueue* queue;
+  pid_t maker;
 };
 
 IoQueue& queue_of(PyObject* self) { return *reinterpret_cast<IoQueueObject*>(self)->queue; }
+
+pid_t maker_of(PyObject* self) { return reinterpret_cast<IoQueueObject*>(self)->maker; }
 
 bool check_range(const char* name, long long value, long long least, long long most) {
   if (value < least || value > most) {
@@ -99,13 +102,14 @@ PyObject* io_queue_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   PyObject* self = allocate(type, 0);
   if (self != nullptr) {
     reinterpret_cast<IoQueueObject*>(self)->queue = queue.release();
+    reinterpret_cast<IoQueueObject*>(self)->maker = getpid();
   }
   return self;
 }
 
 void io_queue_dealloc(PyObject* self) {
   IoQueue* queue = reinterpret_cast<IoQueueObject*>(self)->queue;
-  if (queue != nullptr) {
+  if (queue != nullptr && !is_forked(maker_of(self))) {
     GilRelease released;
     delete queue;
   }
@@ -189,7 +193,8 @@ PyObject* io_queue_submit(PyObject* self, PyObject* args, PyObject* kwargs) {
   PyObject* segments_object = nullptr;
   uint64_t tag = 0;
   std::vector<IoSegment> segments;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "iOiO:submit", const_cast<char**>(names), &op,
+  if (!check_not_forked(maker_of(self)) ||
+      !PyArg_ParseTupleAndKeywords(args, kwargs, "iOiO:submit", const_cast<char**>(names), &op,
                                    &tag_object, &priority, &segments_object) ||
       !parse_u64(tag_object, &tag) ||
       !parse_segments(segments_object, queue_of(self).checksum_nbytes(), &segments)) {
@@ -225,6 +230,9 @@ PyObject* list_of(const Completions& completions) {
 }
 
 PyObject* io_queue_poll(PyObject* self, PyObject*) {
+  if (!check_not_forked(maker_of(self))) {
+    return nullptr;
+  }
   Completions completions;
   queue_of(self).poll(completions);
   return list_of(completions);
@@ -233,7 +241,8 @@ PyObject* io_queue_poll(PyObject* self, PyObject*) {
 PyObject* io_queue_wait(PyObject* self, PyObject* args, PyObject* kwargs) {
   static const char* names[] = {"timeout_s", nullptr};
   double remaining_s = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "d:wait", const_cast<char**>(names),
+  if (!check_not_forked(maker_of(self)) ||
+      !PyArg_ParseTupleAndKeywords(args, kwargs, "d:wait", const_cast<char**>(names),
                                    &remaining_s)) {
     return nullptr;
   }
@@ -268,7 +277,7 @@ PyObject* io_queue_stats(PyObject* self, PyObject*) {
 }
 
 PyObject* io_queue_close(PyObject* self, PyObject*) {
-  {
+  if (!is_forked(maker_of(self))) {
     GilRelease released;
     queue_of(self).close();
   }

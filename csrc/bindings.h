@@ -3,6 +3,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <unistd.h>
 
 #include <cstdint>
 
@@ -17,6 +18,21 @@ namespace offload {
 
 // False with ValueError set where there is no backend of this name.
 bool parse_backend(const char* name, Backend* backend);
+
+// A forked child has the memory of its parent's queues and none of their threads, and one of these
+// may have held a lock as it was forked. There nothing is used, joined or freed.
+inline bool is_forked(pid_t maker) { return maker != getpid(); }
+
+// False with RuntimeError set in a forked child.
+inline bool check_not_forked(pid_t maker) {
+  if (is_forked(maker)) {
+    PyErr_SetString(PyExc_RuntimeError,
+                    "this object belongs to the parent of this process; its threads do not survive "
+                    "a fork");
+    return false;
+  }
+  return true;
+}
 
 // Owns one reference.
 class PyRef {

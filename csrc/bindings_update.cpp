@@ -22,11 +22,14 @@ using Completions = std::vector<UpdateCompletion>;
 constexpr double kSignalSeconds = 0.2;  // how long Ctrl-C may have to wait for wait()
 struct UpdatePipelineObject {
   PyObject_HEAD UpdatePipeline* pipeline;
+  pid_t maker;
 };
 
 UpdatePipeline& pipeline_of(PyObject* self) {
   return *reinterpret_cast<UpdatePipelineObject*>(self)->pipeline;
 }
+
+pid_t maker_of(PyObject* self) { return reinterpret_cast<UpdatePipelineObject*>(self)->maker; }
 
 bool parse_plane_segment(PyObject* object, PlaneSegment* segment) {
   PyRef fields(PySequence_Tuple(object));
@@ -165,13 +168,14 @@ PyObject* pipeline_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   PyObject* self = allocate(type, 0);
   if (self) {
     reinterpret_cast<UpdatePipelineObject*>(self)->pipeline = pipeline.release();
+    reinterpret_cast<UpdatePipelineObject*>(self)->maker = getpid();
   }
   return self;
 }
 
 void pipeline_dealloc(PyObject* self) {
   UpdatePipeline* pipeline = reinterpret_cast<UpdatePipelineObject*>(self)->pipeline;
-  if (pipeline) {
+  if (pipeline && !is_forked(maker_of(self))) {
     GilRelease released;
     delete pipeline;
   }
@@ -187,7 +191,8 @@ PyObject* pipeline_submit(PyObject* self, PyObject* args, PyObject* kwargs) {
   PyObject* planes = nullptr;
   PyObject* ops = nullptr;
   int write_all = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&iO&OO|p:submit", const_cast<char**>(names),
+  if (!check_not_forked(maker_of(self)) ||
+      !PyArg_ParseTupleAndKeywords(args, kwargs, "O&iO&OO|p:submit", const_cast<char**>(names),
                                    convert_u64, &job.tag, &format, convert_u64, &job.numel, &planes,
                                    &ops, &write_all) ||
       !parse_format(format, &job.format) || !parse_planes(planes, &job) ||
@@ -227,6 +232,9 @@ PyObject* list_of(const Completions& completions) {
 }
 
 PyObject* pipeline_poll(PyObject* self, PyObject*) {
+  if (!check_not_forked(maker_of(self))) {
+    return nullptr;
+  }
   Completions completions;
   pipeline_of(self).poll(completions);
   return list_of(completions);
@@ -235,7 +243,8 @@ PyObject* pipeline_poll(PyObject* self, PyObject*) {
 PyObject* pipeline_wait(PyObject* self, PyObject* args, PyObject* kwargs) {
   static const char* names[] = {"timeout_s", nullptr};
   double timeout_s = 0.0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "d:wait", const_cast<char**>(names), &timeout_s)) {
+  if (!check_not_forked(maker_of(self)) ||
+      !PyArg_ParseTupleAndKeywords(args, kwargs, "d:wait", const_cast<char**>(names), &timeout_s)) {
     return nullptr;
   }
   UpdatePipeline& pipeline = pipeline_of(self);
@@ -259,7 +268,7 @@ PyObject* pipeline_wait(PyObject* self, PyObject* args, PyObject* kwargs) {
 }
 
 PyObject* pipeline_close(PyObject* self, PyObject*) {
-  {
+  if (!is_forked(maker_of(self))) {
     GilRelease released;
     pipeline_of(self).close();
   }

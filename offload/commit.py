@@ -18,6 +18,7 @@ import concurrent.futures
 import dataclasses
 import enum
 import errno
+import logging
 import os
 import time
 import zlib
@@ -30,7 +31,8 @@ import numpy as np
 from offload import io, manifest
 from offload.chunk import Chunk, ChunkSpec
 from offload.engine import Engine
-from offload.errors import StateError, StorageError
+from offload.errors import StateError, StorageError, storage_errors
+from offload.formats import Plane
 from offload.manifest import (
     ChecksumsRecord,
     ChunkRecord,
@@ -41,9 +43,10 @@ from offload.manifest import (
     WearRecord,
 )
 from offload.store import ChunkStore, PlaneExtents
-from offload.swapfile import CHECKSUM_NAMES, MANIFEST_NAME, MEMBER_NAME
+from offload.swapfile import CHECKSUM_NAMES, MANIFEST_NAME, MEMBER_NAME, lies_there, open_own
 from offload.tier import Link
 
+logger = logging.getLogger("offload")
 _CAUSE = "commit"
 
 
@@ -82,7 +85,7 @@ class Commits:
         self._record: StepRecord | None = None
         self._num_saving = 0
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "offload-commit")
-        self._future: concurrent.futures.Future[int] | None = None
+        self._future: concurrent.futures.Future[tuple[int, int]] | None = None
         self._start = 0.0
         self._is_first = True
         self.last_step: int | None = None  # the newest one that is durable
@@ -106,16 +109,22 @@ class Commits:
         self.advance()
 
     def advance(self) -> None:
-        """Go as far as is possible without waiting."""
-        if self._phase is _Phase.UPDATING and not self._pending():
-            self._save()
-        if self._phase is _Phase.SAVING and not self._num_saving:
-            self._sync()
+        """Go as far as is possible without waiting. Behind a failure only what the thread has
+        begun: a plane may be half written, and then it is not the step's.
+        """
+        if not self._engine.failed:
+            if self._phase is _Phase.UPDATING and not self._pending():
+                self._save()
+            if self._phase is _Phase.SAVING and not self._num_saving:
+                self._sync()
         if self._phase is _Phase.SYNCING and self._future is not None and self._future.done():
             self._finish(self._future)
 
     def settle(self) -> None:
-        """Wait until nothing is left to commit. Raises StorageError where it failed."""
+        """Wait until nothing is left to commit. Raises StorageError where it failed, StateError
+        where the engine has stopped at an earlier error.
+        """
+        self._engine.check_alive()
         if self._phase is _Phase.IDLE:
             return
         for chunk in self._pending():
@@ -133,68 +142,85 @@ class Commits:
     def close(self) -> None:
         """Wait for the thread, whatever becomes of its commit. Idempotent."""
         self._thread.shutdown(wait=True)
+        if self._future is None:
+            return
+        error = self._future.exception()
+        if error is None:
+            self._committed(self._future.result()[0])
+        else:
+            logger.warning("the last commit failed, the one before it stands: %s", error)
+        self._future = None
 
     def _pending(self) -> list[Chunk]:
         return [chunk for chunk in self._engine.chunks if chunk.update is not None]
 
     def _save(self) -> None:
-        """Write what rests in RAM and has changed."""
-        self._phase = _Phase.SAVING
+        """Write what rests in RAM and has changed. Interrupted, it goes on where it was."""
         for chunk in self._engine.chunks:
             for plane in sorted(chunk.unsaved, key=lambda plane: plane.value):
-                self._num_saving += 1
-                extents = chunk.extents[plane]
+                self._save_plane(chunk, plane)
+                chunk.unsaved.discard(plane)
+        self._phase = _Phase.SAVING
 
-                def finish(
-                    result: int, fd: int, offset: int, chunk: Chunk = chunk,
-                    extents: PlaneExtents = extents,
-                ) -> None:  # fmt: skip
-                    self._num_saving -= 1
-                    if result < 0:
-                        raise self._store.error(-result, "committing", fd, offset, chunk.name)
-                    extents.wrote()
+    def _save_plane(self, chunk: Chunk, plane: Plane) -> None:
+        extents = chunk.extents[plane]
 
-                address = chunk.pinned[plane].address
-                self._engine.start_plane(
-                    io.WRITE, extents.target, address, chunk, finish, io.WRITE_BACK
-                )
-            chunk.unsaved.clear()
+        def finish(result: int, fd: int, offset: int) -> None:
+            self._num_saving -= 1
+            if result < 0:
+                raise self._store.error(-result, "committing", fd, offset, chunk.name)
+            extents.wrote()
+
+        self._num_saving += 1
+        address = chunk.pinned[plane].address
+        self._engine.start_plane(io.WRITE, extents.target, address, chunk, finish, io.WRITE_BACK)
 
     def _sync(self) -> None:
-        self._phase = _Phase.SYNCING
         self._future = self._thread.submit(self._write)
+        self._phase = _Phase.SYNCING
 
-    def _finish(self, future: concurrent.futures.Future[int]) -> None:
-        self._future, self._phase = None, _Phase.IDLE
+    def _finish(self, future: concurrent.futures.Future[tuple[int, int]]) -> None:
+        """Take the thread's commit as the newest. Until the last line it can be done again: a
+        Ctrl-C in the middle must not leave some extents as if the commit had not been.
+        """
         try:
-            nbytes = future.result()
+            slot, nbytes = future.result()
         except Exception as error:
             self._engine.fail(error)
+            self._future, self._phase = None, _Phase.IDLE
             raise
         self._engine.stats.moved(Link.WRITE, nbytes, 0.0)
         self._engine.stats.wrote([nbytes])
         for chunk in self._engine.chunks:
             for extents in self._state_extents(chunk):
                 extents.commit()
-        self._slot, self._is_first = 1 - self._slot, False
-        self.last_step = self._record.step if self._record is not None else None
+        self._committed(slot)
         end = time.perf_counter()
         self._engine.timeline.record(_CAUSE, f"step {self.last_step}", _CAUSE, self._start, end, 0)
+        self._future, self._phase = None, _Phase.IDLE
+
+    def _committed(self, slot: int) -> None:
+        self._slot, self._is_first = 1 - slot, False
+        if self._record is not None:
+            self.last_step = self._record.step
 
     def _state_extents(self, chunk: Chunk) -> list[PlaneExtents]:
         return [chunk.extents[plane] for plane in chunk.spec.state_planes(self._engine.plan.fmt)]
 
     # ---- on the thread: what it reads does not change before _finish ----
 
-    def _write(self) -> int:
-        """Returns how many bytes of checksums and manifest the first path has got."""
+    def _write(self) -> tuple[int, int]:
+        """Returns which of the two checksum files it has taken, and how many bytes of checksums and
+        manifest the first path has got.
+        """
+        self._store.check_owned()
         self._store.sync()
         if self._is_first:
             self._claim_folders()
         checksums = self._write_checksums()
         content = manifest.encode(self._manifest(checksums))
         write_durably(self._store.paths[0] / MANIFEST_NAME, content)
-        return len(content) + (checksums.nbytes if checksums is not None else 0)
+        return self._slot, len(content) + (checksums.nbytes if checksums is not None else 0)
 
     def _claim_folders(self) -> None:
         """Mark the other paths as parts of a run, and make the names of all files durable, which a
@@ -218,13 +244,14 @@ class Commits:
             for extents in self._state_extents(chunk)
         ]
         path = store.paths[0] / CHECKSUM_NAMES[self._slot]
+        is_new = not lies_there(path)
         crc = 0
         for table in tables:
             crc = zlib.crc32(table.data, crc)
-        try:
+        with storage_errors("committing", path):
             write_synced(path, [table.data for table in tables])
-        except OSError as error:
-            raise StorageError(error.errno or errno.EIO, "committing", path=str(path)) from error
+        if is_new:
+            _sync_folder(path.parent)  # the manifest that names it must not be there without it
         return ChecksumsRecord.model_construct(
             slot=self._slot,
             block_nbytes=store.checksum_nbytes,
@@ -292,27 +319,25 @@ def param_records_of(spec: ChunkSpec) -> tuple[ParamRecord, ...]:
 def write_durably(path: Path, content: bytes) -> None:
     """Replace a small file so that a crash leaves the old one or the new one, whole."""
     temporary = path.with_name(path.name + ".new")
-    try:
+    with storage_errors("committing", path):
         write_synced(temporary, [content])
         os.rename(temporary, path)
-    except OSError as error:
-        raise StorageError(error.errno or errno.EIO, "committing", path=str(path)) from error
     _sync_folder(path.parent)
 
 
 def make_file(path: Path) -> None:
     """Have a file of this name, with what it holds if there is one. Raises StorageError."""
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        os.close(open_own(path, os.O_WRONLY | os.O_CREAT))
     except OSError as error:
         raise StorageError(error.errno or errno.EIO, "making", path=str(path)) from error
 
 
 def write_synced(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
     """Write a file from its start and flush it. Raises OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(path, flags, 0o600)
+    fd = open_own(path, os.O_WRONLY | os.O_CREAT)
     try:
+        os.ftruncate(fd, 0)
         for piece in pieces:
             view = memoryview(piece).cast("B")
             while view:
@@ -323,25 +348,19 @@ def write_synced(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    try:
+    with storage_errors("flushing", path):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
-    except OSError as error:
-        raise StorageError(error.errno or errno.EIO, "flushing", path=str(path)) from error
 
 
 def read_checksums(folder: Path, record: ChecksumsRecord) -> np.ndarray:
     """The uint32 checksums of a commit. Raises StorageError where the file is not what it was."""
     path = folder / CHECKSUM_NAMES[record.slot]
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        with open(fd, "rb") as file:
-            content = file.read(record.nbytes + 1)
-    except OSError as error:
-        raise StorageError(error.errno or errno.EIO, "reading", path=str(path)) from error
+    with storage_errors("reading", path), open(open_own(path, os.O_RDONLY), "rb") as file:
+        content = file.read(record.nbytes + 1)
     if len(content) != record.nbytes or zlib.crc32(content) != record.crc32:
         raise StorageError(errno.EBADMSG, "reading", path=str(path))
     return np.frombuffer(content, np.uint32)
@@ -350,13 +369,12 @@ def read_checksums(folder: Path, record: ChecksumsRecord) -> np.ndarray:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in a folder. Raises StorageError where there is none, or it is broken."""
     path = folder / MANIFEST_NAME
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    with storage_errors("reading", path):
+        try:
+            fd = open_own(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            remedy = f"There is no committed run in {folder}."
+            raise StorageError(errno.ENOENT, "reading", path=str(path), remedy=remedy) from error
         with open(fd, "rb") as file:
             content = file.read(manifest.MANIFEST_NBYTES_MAX)
-    except OSError as error:
-        remedy = "" if error.errno != errno.ENOENT else f"There is no committed run in {folder}."
-        raise StorageError(
-            error.errno or errno.EIO, "reading", path=str(path), remedy=remedy
-        ) from error
     return manifest.decode(content, str(path))

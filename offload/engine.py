@@ -13,6 +13,7 @@ of backward.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -87,15 +88,15 @@ class Engine:
         self.before_change: Callable[[], None] = _nothing  # a commit under way must end first
         self.after_poll: Callable[[], None] = _nothing  # and goes on when something has finished
         self.before_overwrite: Callable[[Extent], None] = _nothing  # a checkpoint may need it
-        checksum_nbytes = store.checksum_nbytes if store is not None else 0
+        checksum_nbytes = store.checksum_nbytes if store else 0
+        queue = IoQueue(backend, limits, checksum_nbytes=checksum_nbytes) if store else None
         try:
-            queue = IoQueue(backend, limits, checksum_nbytes=checksum_nbytes) if store else None
             pipeline = UpdatePipeline(
                 backend, plan.tile_numel, tiles, limits, checksum_nbytes=checksum_nbytes
             )
         except BaseException:
-            if store is not None:
-                store.close(keep=bool(homes))
+            if queue is not None:
+                queue.close()
             raise
         self._flight = InFlight(queue, pipeline, timeline, store)
 
@@ -106,7 +107,7 @@ class Engine:
         is there.
         """
         with self.lock:
-            self._check_alive()
+            self.check_alive()
             chunk = self.chunks[index]
             if not chunk.spec.is_small:  # that one is always there, whatever comes next
                 self.schedule.use(index, record=record)
@@ -270,7 +271,7 @@ class Engine:
         start.
         """
         with self.lock:
-            self._check_alive()
+            self.check_alive()
             self.before_change()
             for index, ops in updates.items():
                 self.chunks[index].update = Update(ops)
@@ -365,7 +366,7 @@ class Engine:
     def flush(self) -> None:
         """Finish every pending update. Blocks until the state is whole."""
         with self.lock:
-            self._check_alive()
+            self.check_alive()
             for chunk in self.chunks:
                 self.finish_update(chunk, wait=False)
             for chunk in self.chunks:
@@ -440,9 +441,7 @@ class Engine:
             self.after_poll()
 
     def block(self, cause: str) -> None:
-        """Wait until something in flight finishes, and act on it; the time counts as a stall on
-        `cause`.
-        """
+        """Wait until something in flight ends, and act on it; a stall on `cause`."""
         self._flight.block(cause)
 
     def _block_or_refuse(self, what: str, cause: str) -> None:
@@ -454,7 +453,8 @@ class Engine:
             )
         self.block(cause)
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raise StateError behind a failure, which it names."""
         failure = self._flight.failure
         if failure is not None:
             raise StateError(
@@ -491,9 +491,9 @@ class Engine:
         """Drain, stop the native threads, remove the files or keep a committed run. Idempotent;
         raises for no transfer.
         """
-        with self.lock:
-            self._flight.close()
-            self.device.close()
+        with self.lock, contextlib.ExitStack() as rest:  # a second Ctrl-C leaves nothing open
+            rest.callback(self.slab.close)
             if self.store is not None:
-                self.store.close(keep=keep)
-            self.slab.close()
+                rest.callback(self.store.close, keep=keep)
+            rest.callback(self.device.close)
+            self._flight.close()

@@ -6,8 +6,10 @@ program asked for something in an order that cannot be right.
 
 from __future__ import annotations
 
+import contextlib
 import errno as errno_names
 import os
+from collections.abc import Iterator
 
 
 class OffloadError(Exception):
@@ -58,6 +60,17 @@ class StorageError(OffloadError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+@contextlib.contextmanager
+def storage_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise every OSError of the block as the StorageError of `action` on `path`."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(error.errno or errno_names.EIO, action, path=str(path)) from error
 
 
 def _meaning(code: int) -> str:

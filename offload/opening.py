@@ -85,8 +85,9 @@ def open_engine(
         fell_back = nvme.io == "auto" and backend != "uring"
         logger.log(logging.WARNING if fell_back else logging.INFO, "I/O: %s: %s", backend, reason)
         limits = slowest_limits(drive_profiles(nvme.paths, backend))
-        store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest))
     try:
+        if plan.uses_files and nvme is not None:
+            store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest))
         slab.populate()
         device.register(slab)
         return Engine(
@@ -103,6 +104,9 @@ def open_engine(
             poison=poison,
         )
     except BaseException:
+        if store is not None:
+            store.close(keep=manifest is not None)
+            store.remove_folders()
         slab.close()
         raise
 

@@ -17,6 +17,9 @@ from offload.errors import BudgetError, StateError
 
 HUGE_PAGE_NBYTES = 2 << 20
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14
+# MADV_WIPEONFORK, Linux 4.14: a data loader's worker sees zeros. Otherwise every page that training
+# writes while the worker lives would be there twice, which is in nobody's budget.
+_WIPEONFORK = 18
 POISON = 0xFF  # fills freed buffers in chaos tests; as bf16 and fp32 it reads as NaN
 
 
@@ -54,6 +57,7 @@ class Slab:
         self._skip = -base % HUGE_PAGE_NBYTES
         self.address = base + self._skip
         _advise(self._mapping, mmap.MADV_HUGEPAGE)
+        _advise(self._mapping, _WIPEONFORK)
         self.tensor = torch.frombuffer(
             self._mapping, dtype=torch.uint8, count=self.nbytes, offset=self._skip
         )

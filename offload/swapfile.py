@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from offload import machine
-from offload.errors import OffloadError, StateError, StorageError
+from offload.errors import StateError, StorageError, storage_errors
 
 logger = logging.getLogger("offload")
 ALIGN_NBYTES = 4096
@@ -47,19 +47,17 @@ def make_folders(path: Path) -> list[Path]:
     """Make a folder and those above it; return the ones that were made, the outermost first."""
     made: list[Path] = []
     try:
-        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # another run was faster
-                folder.mkdir()
-                made.append(folder)
-        path.mkdir(exist_ok=True)  # an error where it is no folder
-    except BaseException as error:
+        with storage_errors("making the run directory", path):
+            missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+            for folder in reversed(missing):
+                with contextlib.suppress(FileExistsError):  # another run was faster
+                    folder.mkdir()
+                    made.append(folder)
+            path.mkdir(exist_ok=True)  # an error where it is no folder
+            return made
+    except BaseException:
         remove_folders(made)
-        if not isinstance(error, OSError):
-            raise
-        code = error.errno or errno.EIO
-        raise StorageError(code, "making the run directory", path=str(path)) from error
-    return made
+        raise
 
 
 def remove_folders(made: Sequence[Path]) -> None:
@@ -77,15 +75,13 @@ def lock(path: Path) -> int:
     """
     made = make_folders(path)
     try:
-        while (fd := _lock_once(path)) < 0:
-            continue
-    except BaseException as error:
+        with storage_errors("locking", path / LOCK_NAME):
+            while (fd := _lock_once(path)) < 0:
+                continue
+            return fd
+    except BaseException:
         remove_folders(made)
-        if isinstance(error, OffloadError) or not isinstance(error, OSError):
-            raise
-        code = error.errno or errno.EIO
-        raise StorageError(code, "locking", path=str(path / LOCK_NAME)) from error
-    return fd
+        raise
 
 
 def _lock_once(path: Path) -> int:
@@ -97,7 +93,7 @@ def _lock_once(path: Path) -> int:
         if not is_same_file(fd, name):
             os.close(fd)
             return -1
-        _check_own(os.fstat(fd), name)
+        _check_own(os.fstat(fd), name, writes=True)
         _make_private(fd, name)
     except BaseException:
         close(fd)
@@ -159,15 +155,16 @@ def unlock(fd: int, path: Path) -> None:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file that is the run's alone: no link, no second name, no pipe, and readable by nobody
-    else from now on. Changes nothing in it. Raises OSError.
+    """Open a file of the run: no link, no pipe; to write it, the run's alone: no second name, and
+    readable by nobody else from now on. Changes nothing in it. Raises OSError.
     """
-    # A pipe would block; direct I/O is to wait, however.
+    # To open a pipe would block. Afterwards reads and writes are to wait as ever.
     fd = os.open(path, flags | _FLAGS | os.O_NONBLOCK, 0o600)
     try:
-        _check_own(os.fstat(fd), path)
+        writes = bool(flags & (os.O_RDWR | os.O_WRONLY))
+        _check_own(os.fstat(fd), path, writes=writes)
         os.set_blocking(fd, True)
-        if flags & (os.O_RDWR | os.O_WRONLY):
+        if writes:
             _make_private(fd, path)
     except BaseException:
         close(fd)
@@ -175,14 +172,14 @@ def open_own(path: Path, flags: int) -> int:
     return fd
 
 
-def _check_own(status: os.stat_result, path: Path) -> None:
+def _check_own(status: os.stat_result, path: Path, *, writes: bool) -> None:
     """Raise StorageError for a file that may be somebody else's under our name."""
     if stat.S_ISLNK(status.st_mode):
         raise StorageError(errno.ELOOP, "opening", path=str(path))
     if not stat.S_ISREG(status.st_mode):
         remedy = "It is not a regular file. Move it away, or name another folder in the policy."
         raise StorageError(errno.EINVAL, "opening", path=str(path), remedy=remedy)
-    if status.st_nlink != 1:
+    if writes and status.st_nlink != 1:
         remedy = (
             "The file has a second name (a hard link), and what is written here would change it "
             "there. Remove one of the names, or put a copy (cp) in the place of this one."
@@ -224,11 +221,11 @@ def refuse_committed(path: Path, *, died: str = "") -> None:
 
 def _marked_by(path: Path) -> str:
     """The run that has marked a folder as a part of it; empty where none has."""
-    try:
-        with open(open_own(path / MEMBER_NAME, os.O_RDONLY), "rb") as file:
-            return file.read(ALIGN_NBYTES).decode(errors="replace").split(" ")[0] or "unknown"
-    except FileNotFoundError:
+    name = path / MEMBER_NAME
+    if not lies_there(name):
         return ""
+    with storage_errors("reading", name), open(open_own(name, os.O_RDONLY), "rb") as file:
+        return file.read(ALIGN_NBYTES).decode(errors="replace").split(" ")[0] or "unknown"
 
 
 def run_without_manifest(path: Path) -> str:
@@ -249,12 +246,11 @@ def lies_there(path: Path) -> bool:
     """Whether there is anything of this name. Raises StorageError where the drive does not say: a
     run that cannot be read is not an absent one.
     """
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise StorageError(error.errno or errno.EIO, "looking for", path=str(path)) from error
+    with storage_errors("looking for", path):
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            return False
     return True
 
 
@@ -311,7 +307,7 @@ def _new_swap(path: Path, nbytes: int) -> Iterator[int]:
     fd, is_ours = -1, False
     try:
         with contextlib.suppress(FileNotFoundError):
-            _check_own(os.lstat(path), path)
+            _check_own(os.lstat(path), path, writes=True)
             path.unlink()
         is_ours = True  # from here on what has this name is of our making
         fd = _open_direct(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
