@@ -258,6 +258,18 @@ def test_killed_run_leaves_no_lock_in_the_way(nvme_dir: Path) -> None:
     assert leftovers(nvme_dir) == []
 
 
+@pytest.mark.parametrize("device", ["cpu", "standin"])
+def test_a_model_that_gets_nothing_back_says_so(device: str, nvme_dir: Path) -> None:
+    """Every parameter is NaN, those of the small chunk too, which was bound until the end: its
+    memory has gone back, and would read as zeros.
+    """
+    model = LLAMA.make_model()
+    engine = offload.offload(model, make_policy(nvme_dir, tiers__gpu__device=device))
+    train(engine, LLAMA, Recipe(steps=1), "exact")
+    engine.close(give_back=False)
+    assert [n for n, p in model.named_parameters() if not p.isnan().all()] == []
+
+
 def test_keyboard_interrupt(nvme_dir: Path) -> None:
     """Ctrl-C in the middle of training ends the process at once and cleans up."""
     body = (
