@@ -170,8 +170,10 @@ class Campaign:
             assert not isinstance(seen, offload.StorageError), f"a second error: {seen}"
 
     def _check_nothing_left(self, threads: set[int], files: set[str]) -> None:
-        while native_threads() - threads:  # the kernel forgets a joined thread a little later
+        deadline = time.monotonic() + 3.0  # the kernel forgets a joined thread a little later
+        while native_threads() - threads and time.monotonic() < deadline:
             time.sleep(1e-3)
+        assert not native_threads() - threads, "a thread is left"
         assert not open_files() - files, f"files left open: {open_files() - files}"
         left = [file.name for path in self.paths for file in path.iterdir()]
         assert not left, f"files left behind: {left}"
