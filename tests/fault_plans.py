@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from chaos import patched
 
-from offload import _native, session
+from offload import _native, opening
 
 DELAYS = ("latency", "reorder")
 TRANSIENT = ("short", "eintr", "eagain")
@@ -50,5 +50,5 @@ def fault_backend() -> Iterator[None]:
     def choose(requested: str) -> tuple[str, str]:
         return "faults", "the test wants it"
 
-    with patched(session, choose_backend=choose):
+    with patched(opening, choose_backend=choose):
         yield

@@ -31,7 +31,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def durable_job(folder: Path, **changes: Any) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
-    sections = {"train": {"steps": STEPS, "batch_size": 2, "eval_batches": 1, **changes}}
+    sections: dict[str, Any] = {
+        "train": {"steps": STEPS, "batch_size": 2, "eval_batches": 1, **changes},
+        "output": {"overwrite": True},  # a job that ended before its kill is begun anew
+    }
     return {**job(folder, **sections), "durability": "step"}
 
 

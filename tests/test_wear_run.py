@@ -1,6 +1,8 @@
 """Wear of real runs: every byte is booked to its drive, and the daily limit is kept by waiting."""
 
+import bisect
 import contextlib
+import itertools
 import logging
 import types
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from zoo import ZOO
 import offload
 from offload import smart
 from offload.commit import read_manifest
-from offload.store import stripe
+from offload.store import shares
 from offload.update import AdamWOp, PlaneArgument, pack_ops, written_pieces
 from offload.wear import DAY_S, WEAR_LIMIT, add
 
@@ -119,13 +121,13 @@ def test_pieces_are_those_of_the_tiles_with_ops(
     planes: list[PlaneArgument | None] = [None, PlaneArgument(4096)]
     want = [0] * num_paths
     for itemsize in (2, 4):
-        shares = stripe(numel * itemsize, num_paths, 4096)
-        planes.append(PlaneArgument(0, None, [(fd, 0, n) for fd, n in enumerate(shares) if n]))
+        parts = shares(numel * itemsize, [1.0] * num_paths, 4096)
+        planes.append(PlaneArgument(0, None, [(fd, 0, n) for fd, n in enumerate(parts) if n]))
         for first in range(0, numel, tile_numel):
             last = min(first + tile_numel, numel)
             if write_all or any(op.begin < last and op.end > first for op in ops):
                 for page in range(first * itemsize, last * itemsize, 4096):
-                    want[min(page // shares[0], num_paths - 1)] += 4096
+                    want[bisect.bisect_right(list(itertools.accumulate(parts)), page)] += 4096
     got = [0] * num_paths
     for fd, nbytes in written_pieces(numel, planes, pack_ops(ops), tile_numel, write_all=write_all):
         got[fd] += nbytes
