@@ -234,7 +234,7 @@ def hide_paths(text: str, options: argparse.Namespace) -> str:
         str(_train_report.REPO): ".",
         f"/proc/{os.getpid()}/": "/proc/PID/",
     }
-    for path in filter(None, names):
+    for path in sorted(filter(None, names), key=len, reverse=True):  # a path before its parents
         text = text.replace(path, names[path])
     return text
 

@@ -211,12 +211,12 @@ def audited() -> Iterator[None]:
         make(pool, *args, **kwargs)
         pools.append(pool)
 
-    def checked_close(engine: Engine) -> None:
+    def checked_close(engine: Engine, *, keep: bool = False) -> None:
         engine.drain()
         try:
             check_slots(engine, pools)
         finally:
-            close(engine)
+            close(engine, keep=keep)
 
     with patched(Engine, close=checked_close), patched(SlotPool, __init__=known):
         yield
