@@ -233,7 +233,8 @@ class NvmePolicy(Section):
     ) -> tuple[int, ...] | None:
         paths = info.data.get("paths", ())
         if value is not None and len(value) not in (1, len(paths)):
-            raise ValueError(f"{len(value)} sizes for {len(paths)} paths")
+            sizes = _show([format_nbytes(nbytes) for nbytes in value])
+            raise ValueError(f"{sizes}: {len(value)} sizes for {len(paths)} paths")
         return value
 
     @property

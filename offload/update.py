@@ -134,12 +134,11 @@ def written_pieces(
     for plane in planes:
         if plane is None or plane.write is None:
             continue
-        itemsize = sum(segment[2] for segment in plane.write) // numel
-        start = 0
+        total, start = sum(segment[2] for segment in plane.write), 0
         for segment in plane.write:
             end = start + segment[2]
             for first, last in touched:
-                nbytes = min(end, last * itemsize) - max(start, first * itemsize)
+                nbytes = min(end, total * last // numel) - max(start, total * first // numel)
                 if nbytes > 0:
                     yield segment[0], nbytes
             start = end

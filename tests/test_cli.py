@@ -61,6 +61,15 @@ def test_plan_shows_the_plan_and_trains_nothing(tmp_path: Path) -> None:
     assert not tiers.exists()
 
 
+def test_plan_shows_the_wear(tmp_path: Path) -> None:
+    changes = [f"tiers.nvme.paths=[{tmp_path}/a]", "tiers.nvme.endurance=600TB",
+               "tiers.nvme.max_writes_per_day=2TB"]  # fmt: skip
+    result = invoke("plan", TINY, *[word for change in changes for word in ("--set", change)])
+    assert result.exit_code == 0, result.output
+    assert "endurance: 600 TB last " in result.output and " steps of " in result.output
+    assert "steps in 24 hours, by max_writes_per_day" in result.output
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
@@ -68,6 +77,11 @@ def test_plan_shows_the_plan_and_trains_nothing(tmp_path: Path) -> None:
         (["nonsense"], 2, "write key.path=value"),
         (["train.step=1"], 2, "did you mean train.steps?"),
         (["tiers.cpu.budget=64KiB"], 2, "tiers.cpu.budget"),
+        (
+            ["tiers.nvme.max_writes_per_day=1MB"],
+            2,
+            "tiers.nvme.max_writes_per_day of 1000000 bytes is less than one step writes",
+        ),
         (["model.random.family=lama"], 2, "model.random.family"),
     ],
 )

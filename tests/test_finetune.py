@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,9 +181,20 @@ def test_a_job_learns_and_leaves_a_model_that_transformers_loads(tmp_path: Path)
     assert [row["when"] for row in events(out, "validation")] == ["before", "after"]
     assert list((tmp_path / "tiers").iterdir()) == []
     assert not list(out.glob("model-0*")) and not (out / finetune.SCRATCH_NAME).exists()
+    assert re.search(r"wear +wrote .* a step; at this pace .* a day", said)
     for fact in ("plan", "updates", "traffic", "promised", "resident", "reloaded", "saved"):
         assert fact in said
     check_reload(out, tmp_path / "text.txt", result.loss_after)
+
+
+def test_a_job_says_how_long_its_drives_last(tmp_path: Path) -> None:
+    tree = job(tmp_path)
+    tree["tiers"]["nvme"]["endurance"] = "1PB"
+    _, said = run_quietly(tree)
+    assert re.search(r"training +12/12 .*\| drive [\d,.]+ days", said)
+    assert re.search(r"wear +wrote .* days of the 1.0 PB that tiers.nvme.endurance states", said)
+    rows = events(tmp_path / "out", "step")
+    assert all(sum(row["written_by_drive"]) == row["nbytes"]["nvme write"] for row in rows)
 
 
 def check_reload(folder: Path, text: Path, loss: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload import smart
+from offload import doctor, smart
 from offload.smart import LOG_NBYTES, SmartLog, SmartReading, disk_of, parse_log, read_smart
 
 
@@ -150,3 +150,13 @@ def test_a_drive_that_may_not_be_asked_is_no_error(
 def test_this_machine_is_asked_without_an_error(tmp_path: Path) -> None:
     log, detail = read_smart(tmp_path)
     assert detail and (log is None or log.written_nbytes > 0)
+
+
+def test_the_doctor_says_what_the_drive_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor._wear(tmp_path) == f"not known, because {read_smart(tmp_path).detail}"
+    log = SmartLog(written_nbytes=43 * 10**12, percentage_used=7)
+    monkeypatch.setattr(doctor, "read_smart", lambda path: SmartReading(log, "/dev/nvme0n1"))
+    said = doctor._wear(tmp_path)
+    assert said == "43 TB written in the drive's life, 7 % of it used (/dev/nvme0n1)"

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload.errors import PolicyError
+from offload.policy import NvmePolicy, load_policy
 from offload.wear import (
     DAY_S,
     HOUR_S,
@@ -185,3 +186,44 @@ def test_the_plan_says_how_long_the_drives_last() -> None:
 )  # fmt: skip
 def test_sizes_are_as_on_the_label(nbytes: float, text: str) -> None:
     assert decimal_nbytes(nbytes) == text
+
+
+# What the policy says
+
+
+def nvme_policy(**keys: object) -> NvmePolicy:
+    tree = {"tiers": {"cpu": {"budget": "4GiB"}, "nvme": {"paths": ["/a", "/b"], **keys}}}
+    nvme = load_policy(load_policy(tree)).tiers.nvme  # what is read can be read again
+    assert nvme is not None
+    return nvme
+
+
+@pytest.mark.parametrize(
+    ("value", "rated"),
+    [("600TB", (600 * TB,) * 2), (600, (600, 600)), (["1TB", "2TB"], (TB, 2 * TB)),
+     (["1TB"], (TB, TB)), (None, ())],
+)  # fmt: skip
+def test_one_endurance_is_that_of_every_drive(value: object, rated: tuple[int, ...]) -> None:
+    assert nvme_policy(endurance=value).rated_nbytes == rated
+
+
+def test_a_limit_is_a_size_or_nothing() -> None:
+    assert nvme_policy().max_writes_per_day is None
+    assert nvme_policy(max_writes_per_day="2TB").max_writes_per_day == 2 * TB
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("endurance", 0, "0 is not a size above 0, or a list of sizes"),
+        ("endurance", "long", "'long' is not a size"),
+        ("endurance", [], r"\[\] is not a size above 0, or a list"),
+        ("endurance", [600, 0], r"\[600, 0\] is not a size above 0"),
+        ("endurance", [1, 2, 3], r"\['1B', '2B', '3B'\]: 3 sizes for 2 paths"),
+        ("max_writes_per_day", 0, "0 is not accepted"),
+        ("max_writes_per_day", [1], r"\[1\] is not a size"),
+    ],
+)
+def test_bad_values_are_named(key: str, value: object, words: str) -> None:
+    with pytest.raises(PolicyError, match=rf"tiers\.nvme\.{key}: {words}.*; accepted: a size"):
+        nvme_policy(**{key: value})
