@@ -79,7 +79,7 @@ def load_pretrained(path: str | Path, policy: PolicySource) -> Session:
 
 def plan_for(model: nn.Module, policy: PolicySource) -> Plan:
     """What offload() would do with this model (it may be on meta); takes no memory, no files."""
-    from offload.session import plan_for
+    from offload.partition import plan_for
 
     return plan_for(model, load_policy(policy))
 

@@ -151,6 +151,11 @@ class Commits:
             logger.warning("the last commit failed, the one before it stands: %s", error)
         self._future = None
 
+    @property
+    def is_durable(self) -> bool:
+        """Whether a step is committed, or is just being committed."""
+        return self.last_step is not None or self._future is not None
+
     def _pending(self) -> list[Chunk]:
         return [chunk for chunk in self._engine.chunks if chunk.update is not None]
 

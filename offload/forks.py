@@ -13,6 +13,12 @@ import os
 import weakref
 from typing import Protocol
 
+REFUSAL = (
+    "this is a forked child of the process that offloaded the model: threads do not survive a "
+    "fork, so nothing can be fetched here. Use the model in the parent, or start the child before "
+    "offload.offload()."
+)
+
 
 class Inherited(Protocol):
     """Something that a forked child has and must not use."""

@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 
+from offload import interrupts
 from offload.errors import OffloadError, StateError
 from offload.io import DEMAND, READ, WRITE, IoQueue, Segment
 from offload.stats import UPDATE, StatsCounter
@@ -160,9 +161,12 @@ class InFlight:
 
     def poll(self) -> None:
         """Act on whatever has finished; never blocks."""
-        self._collect_copies(block=False)
-        self._collect_updates(0.0)
-        self._collect_io(0.0)
+        if not self._transfers:
+            return
+        with interrupts.held():  # what has been taken from the native code must be acted on
+            self._collect_copies(block=False)
+            self._collect_updates(0.0)
+            self._collect_io(0.0)
 
     def block(self, cause: str) -> None:
         """Sleep until something finishes, and act on it. The time counts as a stall on `cause`.
@@ -171,6 +175,10 @@ class InFlight:
         """
         if not self._transfers:
             raise StateError(f"waiting for {cause} with nothing in flight.")
+        with interrupts.held():
+            self._block(cause)
+
+    def _block(self, cause: str) -> None:
         start = time.perf_counter()
         try:
             self._collect_copies(block=cause in (Link.H2D.value, Link.D2H.value))
@@ -192,10 +200,12 @@ class InFlight:
 
     def close(self) -> None:
         """Drain, and stop the native threads. Idempotent."""
-        self.drain()
-        self._pipeline.close()
-        if self._queue is not None:
-            self._queue.close()
+        try:
+            self.drain()
+        finally:  # an interrupted drain, too, ends with nothing in flight
+            self._pipeline.close()
+            if self._queue is not None:
+                self._queue.close()
 
     def _collect_io(self, timeout_s: float) -> None:
         if self._queue is None:

@@ -17,7 +17,9 @@ from torch import nn
 from offload.blocks import find_blocks
 from offload.chunk import ChunkSpec, make_spec
 from offload.errors import PolicyError, StateError
-from offload.formats import is_supported_dtype
+from offload.formats import is_supported_dtype, state_format
+from offload.plan import Plan, make_plan
+from offload.policy import OffloadPolicy
 
 SMALL_NUMEL = (
     65536  # outside of blocks, a tensor below this lives in the one chunk that stays in RAM
@@ -143,3 +145,14 @@ class _Builder:
             for module, homes in self._owners
         ]
         return Partition(specs, [[p for _, p in row[1]] for row in rows], self._blocks, owners)
+
+
+def plan_for(model: nn.Module, policy: OffloadPolicy) -> Plan:
+    """The plan for a model (it may be on meta) without taking any memory or file.
+
+    Raises BudgetError where it does not fit, PolicyError for dtypes that the tiers cannot hold.
+    """
+    device = policy.tiers.gpu.device
+    host = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    fmt = state_format(policy.state.format, policy.optimizer.kind)
+    return make_plan(partition(model).specs, fmt, policy, host_compute=host)

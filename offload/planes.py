@@ -5,16 +5,21 @@ back.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from offload import io
+from offload import io, machine
 from offload.chunk import Chunk
 from offload.engine import Engine
 from offload.errors import StateError
 from offload.formats import SCALE_PLANES, Plane, join_master
+from offload.policy import format_nbytes
 from offload.slots import Slab
+
+logger = logging.getLogger("offload")
+_ROOM_FACTOR = 1.1  # beside the weights that are given back, for the model's first forward
 
 
 class PlaneReader:
@@ -115,6 +120,23 @@ class PlaneReader:
             piece = flat[spec.offset : spec.offset + spec.numel].view(spec.shape)
             param.data = piece.to(dtypes[id(param)], copy=True)
         chunk.filled = False
+
+    def give_back_all(self, dtypes: dict[int, torch.dtype]) -> None:
+        """The same for all chunks that hold a model's weights; where RAM does not have room for
+        them, a warning says so.
+        """
+        chunks = [chunk for chunk in self._engine.chunks if chunk.filled]
+        needed = sum(p.numel() * dtypes[id(p)].itemsize for c in chunks for p in c.params)
+        available = machine.memory_available()
+        if needed * _ROOM_FACTOR > available:
+            logger.warning(
+                "the model keeps placeholders: its weights need %s and %s are available. "
+                "engine.export() writes them without loading them.",
+                format_nbytes(needed), format_nbytes(available),
+            )  # fmt: skip
+            return
+        for chunk in chunks:
+            self.give_back(chunk, dtypes)
 
     def hide(self) -> None:
         """Show placeholders in every chunk whose parameters still point at memory of the engine.

@@ -101,28 +101,38 @@ def load_checksums(store: ChunkStore, manifest: Manifest) -> None:
 
 
 def adopt(engine: Engine, model: nn.Module, manifest: Manifest) -> Recovered:
-    """Bring the pinned planes back into RAM, and the step counts, buffers and random states."""
+    """Bring the pinned planes back into RAM, and the step counts, buffers and random states. Where
+    that fails, the model's parameters are what they were.
+    """
     if engine.store is not None:
         load_checksums(engine.store, manifest)
     for chunk in engine.chunks:
-        materialise.make_real(chunk)
         for plane, region in chunk.pinned.items():
             engine.move_plane(io.READ, chunk, plane, region.address)
+    recovered = adopt_rest(engine, model, manifest)
+    for chunk in engine.chunks:
+        materialise.make_real(chunk)
         chunk.filled = True
-    return adopt_rest(engine, model, manifest)
+    return recovered
 
 
 def adopt_rest(engine: Engine, model: nn.Module, manifest: Manifest) -> Recovered:
     """All of a committed step but its planes."""
     for chunk, record in zip(engine.chunks, manifest.chunks, strict=True):
         chunk.num_steps = list(record.num_steps)
+    values = {name: unpack_tensor(packed, name) for name, packed in manifest.buffers.items()}
+    buffers = dict(model.named_buffers())
+    for name, value in values.items():
+        if name not in buffers or buffers[name].shape != value.shape:
+            raise StateError(
+                f"the run has a buffer {name} {tuple(value.shape)}, this model has none of that "
+                "name and shape. Build the model as the run began."
+            )
     materialise.materialise_buffers(model)
     buffers = dict(model.named_buffers())
-    for name, packed in manifest.buffers.items():
-        if name not in buffers:
-            raise StateError(f"the run has a buffer {name}, this model has none of that name.")
-        with torch.no_grad():
-            buffers[name].copy_(unpack_tensor(packed, name))
+    with torch.no_grad():
+        for name, value in values.items():
+            buffers[name].copy_(value)
     set_random_states(manifest.rng)
     return Recovered(step=manifest.step, progress=manifest.progress)
 
@@ -136,13 +146,22 @@ def random_states(device: torch.device) -> dict[str, str]:
 
 
 def set_random_states(states: dict[str, str]) -> None:
-    """Undo random_states; a device that is not here is left out."""
+    """Undo random_states; a device that is not here is left out. Raises StateError for what is no
+    state.
+    """
     for name, text in states.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        if name == "cpu":
-            torch.set_rng_state(state)
-        elif name == "cuda" and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state)
+        try:
+            content = bytearray(base64.b64decode(text, validate=True))
+            state = torch.frombuffer(content, dtype=torch.uint8)
+            if name == "cpu":
+                torch.set_rng_state(state)
+            elif name == "cuda" and torch.cuda.is_available():
+                torch.cuda.set_rng_state(state)
+        except (ValueError, RuntimeError) as error:
+            raise StateError(
+                f"the manifest's random state of {name} is none that torch knows: {error} Use the "
+                "release of torch that wrote it, or start from a checkpoint."
+            ) from error
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Any]:

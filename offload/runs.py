@@ -48,9 +48,7 @@ def find_runs(folder: Path) -> Iterator[RunInfo]:
 
 def inspect(folder: Path) -> RunInfo:
     """What a folder holds."""
-    nbytes = sum(
-        (folder / name).lstat().st_blocks * 512 for name in _present(folder) if name != LOCK_NAME
-    )
+    nbytes = sum(_nbytes_of(folder / name) for name in _present(folder) if name != LOCK_NAME)
     holder = _holder(folder)
     if holder:
         kind, detail = RunKind.LIVE, f"in use by pid {holder}"
@@ -66,6 +64,13 @@ def inspect(folder: Path) -> RunInfo:
 def _present(folder: Path) -> list[str]:
     names = (*_OUR_NAMES, *swapfile.CHECKSUM_NAMES)
     return [name for name in names if os.path.lexists(folder / name)]
+
+
+def _nbytes_of(path: Path) -> int:
+    try:
+        return path.lstat().st_blocks * 512
+    except OSError:  # its run ended meanwhile
+        return 0
 
 
 def _describe(folder: Path) -> str:

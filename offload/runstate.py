@@ -81,14 +81,18 @@ class RunState:
         if self._checkpoint is not None:
             self._checkpoint.join()
 
-    def end(self) -> bool:
-        """Stop the threads; whether there is a committed step to come back to."""
-        self._end_checkpoint()
-        commits, self._commits = self._commits, None
-        if commits is None:
-            return False
-        commits.close()
-        return commits.last_step is not None
+    def end(self) -> None:
+        """Stop the threads. Idempotent."""
+        try:
+            self._end_checkpoint()
+        finally:
+            if self._commits is not None:
+                self._commits.close()
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether there is a committed step to come back to, or may be."""
+        return self._commits is not None and self._commits.is_durable
 
     def _record(self) -> StepRecord:
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload import machine, materialise, routing
+from offload import forks, materialise, routing
 from offload.attach import Attachment
 from offload.checkpoint import Checkpoint
 from offload.chunk import Chunk
@@ -33,7 +33,7 @@ from offload.opening import (
 )
 from offload.openmp import Calm
 from offload.partition import Partition, partition
-from offload.plan import Plan, make_plan
+from offload.plan import make_plan
 from offload.planes import PlaneReader
 from offload.policy import OffloadPolicy, format_nbytes
 from offload.recovery import Recovered, adopt
@@ -47,20 +47,6 @@ from offload.update import pack_ops
 
 logger = logging.getLogger("offload")
 TIMELINE_CAPACITY = 200_000
-_BASELINE_MARGIN = (
-    1.1  # leave a tenth of what giving the weights back needs, for the model's first forward
-)
-
-
-def plan_for(model: nn.Module, policy: OffloadPolicy) -> Plan:
-    """The plan for a model (it may be on meta) without taking any memory or file.
-
-    Raises BudgetError where it does not fit, PolicyError for dtypes that the tiers cannot hold.
-    """
-    device = policy.tiers.gpu.device
-    host = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
-    fmt = state_format(policy.state.format, policy.optimizer.kind)
-    return make_plan(partition(model).specs, fmt, policy, host_compute=host)
 
 
 class Session:
@@ -77,6 +63,8 @@ class Session:
         self.model = model
         self.policy = policy
         self._closed = False
+        self._why_closed = "this engine is closed; offload the model again."
+        self._half_done = False  # step() has begun to change things, and has not ended
         self._attachment: Attachment | None = None
         self._optimizer: Any = None
         self._scales: dict[tuple[int, int], float] = {}
@@ -100,16 +88,22 @@ class Session:
                 policy, self.plan, parts.params, device=self.device, timeline=self.timeline,
                 poison=poison, manifest=manifest,
             )  # fmt: skip
-            commits = open_commits(self._engine, manifest)
-            saved = manifest or saved
         except BaseException:
             self.device.close()
             raise
-        self.run = RunState(self._engine, model, commits, saved)
-        self._dtypes = {id(p): p.dtype for c in self._engine.chunks for p in c.params}
-        self._planes = PlaneReader(self._engine)
-        self._calm = Calm() if self.device.is_host else None
+        self._calm: Calm | None = None
         self._watch: contextlib.AbstractContextManager[object] | None = None
+        saved = manifest or saved
+        try:
+            commits = open_commits(self._engine, manifest)
+            self.run = RunState(self._engine, model, commits, saved)
+            self._dtypes = {id(p): p.dtype for c in self._engine.chunks for p in c.params}
+            self._planes = PlaneReader(self._engine)
+            self._calm = Calm() if self.device.is_host else None
+        except BaseException:
+            self._engine.close(keep=manifest is not None)
+            raise
+        forks.register(self)
         atexit.register(self._shut)  # a program that ends inside the context leaves no files
         try:
             self._materialise(weights, saved)
@@ -117,6 +111,8 @@ class Session:
             self.run.wear.pause()  # an earlier process may have written all that a day allows
         except BaseException:
             self._abort(constructing=True)
+            if self._engine.store is not None:
+                self._engine.store.remove_folders()
             raise
 
     # ---- construction ----
@@ -182,6 +178,12 @@ class Session:
         self._check_open()
         if optimizer is not self._optimizer:
             raise StateError("another optimizer was created for this model since; step() that one.")
+        if self._half_done:
+            raise StateError(
+                "an earlier step() was interrupted, so some weights are a step ahead of others. "
+                "Leave the context; under durability, weights='resume' goes on from the last step "
+                "that was committed."
+            )
         self.gradients.settle()
         self._check_captured()
         landed = self.gradients.landed()
@@ -189,6 +191,7 @@ class Session:
             self._refuse_second_step()
             return  # as torch: no gradient anywhere, nothing to do
         self.gradients.check_finite(landed)
+        self._half_done = True
         updates = {chunk.spec.index: ops for chunk in landed if (ops := self._ops(chunk))}
         for chunk in landed:  # norms and biases stay bound: see [Note: small chunk] in partition.py
             if chunk.spec.is_small and chunk.spec.index in updates:
@@ -197,6 +200,7 @@ class Session:
         self._choose_update_mode()
         self.gradients.end_step()
         self._engine.end_step()
+        self._half_done = False
         self.run.end_step()
         if self._attachment is not None:
             self._attachment.checked = False
@@ -327,10 +331,15 @@ class Session:
         self._engine.flush()
         self.run.settle()
 
+    @property
+    def _is_between_steps(self) -> bool:
+        """Whether the tiers hold what a step has left, and nothing of the next."""
+        return not (self._half_done or self.gradients.anything_updated)
+
     def commit(self) -> None:
         """Make the state that the last step left durable now, whatever the cadence. Blocks."""
         self._check_open()
-        self.run.commit(is_between_steps=not self.gradients.anything_updated)
+        self.run.commit(is_between_steps=self._is_between_steps)
 
     def checkpoint(
         self, folder: str | Path, *, wait: bool = True, rate_nbytes: int | None = None
@@ -343,7 +352,7 @@ class Session:
         self._check_open()
         self.flush()
         return self.run.checkpoint(
-            Path(folder), is_between_steps=not self.gradients.anything_updated, wait=wait,
+            Path(folder), is_between_steps=self._is_between_steps, wait=wait,
             rate_nbytes=rate_nbytes,
         )  # fmt: skip
 
@@ -421,7 +430,7 @@ class Session:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise StateError("this engine is closed; offload the model again.")
+            raise StateError(self._why_closed)
 
     def close(self, *, give_back: bool = True, discard: bool = False) -> None:
         """Finish updates, give the weights back to the model where RAM allows, remove the files.
@@ -433,10 +442,10 @@ class Session:
             return
         try:
             self._engine.flush()
-            if not (discard or self.gradients.anything_updated):
+            if self._is_between_steps and not discard:
                 self.run.commit_last()
             if give_back:
-                self._give_back()
+                self._planes.give_back_all(self._dtypes)
         finally:
             self._shut(discard=discard)
 
@@ -454,10 +463,10 @@ class Session:
                 self.autograd.abandon()
             self._engine.drain()
             if constructing:
-                self._give_back()
+                self._planes.give_back_all(self._dtypes)
             elif not self._engine.failed:
                 self.flush()
-                self._give_back()
+                self._planes.give_back_all(self._dtypes)
             else:
                 logger.warning(
                     "the weights are not given back, because an update may be half written; "
@@ -468,31 +477,29 @@ class Session:
         finally:
             self._shut()
 
-    def _give_back(self) -> None:
-        """Real tensors in the parameters' own dtype."""
-        chunks = [chunk for chunk in self._engine.chunks if chunk.filled]
-        needed = sum(p.numel() * self._dtypes[id(p)].itemsize for c in chunks for p in c.params)
-        available = machine.memory_available()
-        if needed * _BASELINE_MARGIN > available:
-            logger.warning(
-                "the model keeps placeholders: its weights need %s and %s are available. "
-                "engine.export() writes them without loading them.",
-                format_nbytes(needed), format_nbytes(available),
-            )  # fmt: skip
-            return
-        for chunk in chunks:
-            self._planes.give_back(chunk, self._dtypes)
-
     def _shut(self, *, discard: bool = False) -> None:
         self._closed = True
         atexit.unregister(self._shut)
-        routing.unregister(self)
-        if self._attachment is not None:
-            self._attachment.undo()
-        is_durable = self.run.end()
-        self._planes.hide()
-        self._engine.close(keep=is_durable and not discard)
-        if self._calm is not None:
-            self._calm.close()
-        if not self.device.is_host:
-            materialise.move_buffers(self.model, torch.device("cpu"))
+        with contextlib.ExitStack() as rest:  # last first; also behind one that is interrupted
+            if not self.device.is_host:
+                rest.callback(materialise.move_buffers, self.model, torch.device("cpu"))
+            if self._calm is not None:
+                rest.callback(self._calm.close)
+            rest.callback(self._close_engine, discard=discard)
+            rest.callback(self._planes.hide)
+            rest.callback(self.run.end)
+            if self._attachment is not None:
+                rest.callback(self._attachment.undo)
+            rest.callback(routing.unregister, self)
+
+    def _close_engine(self, *, discard: bool) -> None:
+        self._engine.close(keep=self.run.is_durable and not discard)
+
+    def let_go(self) -> None:
+        """In a forked child: be closed, without a wait and without a change that the parent would
+        see. See [Note: forks].
+        """
+        self._closed, self._why_closed = True, forks.REFUSAL
+        atexit.unregister(self._shut)
+        self._engine.fail(StateError(forks.REFUSAL))
+        self._planes.hide()  # the child's slab is empty

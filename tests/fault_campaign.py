@@ -103,13 +103,12 @@ class Campaign:
 
     def policy(self) -> dict[str, Any]:
         paths = [str(path) for path in self.paths]
-        changes = {"tiers__nvme__checksum": True} if self.checksum else {}
         return make_policy(
             self.directory,
             tiers__nvme__paths=paths,
+            tiers__nvme__checksum=self.checksum,
             optimizer__update=self.mode,
             **MODES[self.mode],
-            **changes,
         )
 
     @property
@@ -264,12 +263,3 @@ def table(rows: list[tuple[str, Row]]) -> str:
     for mode, row in sorted(rows, key=lambda pair: (pair[0], KINDS.index(pair[1].kind))):
         lines.append(f"{mode:10}{row.kind:12}{row.injected:9}{row.survived:9}{row.refused:9}")
     return "\n".join(lines)
-
-
-def checksums_exist(directory: Path) -> bool:
-    """Whether a policy may ask for checksums, which corruption cannot be found without."""
-    try:
-        offload.load_policy(make_policy(directory, tiers__nvme__checksum=True))
-    except offload.PolicyError:
-        return False
-    return True

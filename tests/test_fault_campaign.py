@@ -17,7 +17,6 @@ from fault_campaign import (
     Row,
     bounded,
     campaign,
-    checksums_exist,
     table,
 )
 from fault_plans import DELAYS, ERRORS, LIES, TRANSIENT, at, num_injected, rate
@@ -137,21 +136,13 @@ def test_a_broken_drive(kind: str, mode: str, nvme_dir: Path) -> None:
     assert runs.strike([]) is None
 
 
-@pytest.fixture
-def with_checksums(nvme_dir: Path) -> Path:
-    """The folder, where the policy accepts checksums: without them nothing can tell a lie."""
-    if not checksums_exist(nvme_dir):
-        pytest.skip("the policy has no tiers.nvme.checksum: true yet")
-    return nvme_dir
-
-
 @every_mode
 @pytest.mark.parametrize("kind", LIES)
 def test_corruption_is_found(
-    kind: str, mode: str, with_checksums: Path, rows: list[tuple[str, Row]]
+    kind: str, mode: str, nvme_dir: Path, rows: list[tuple[str, Row]]
 ) -> None:
     """A lie that somebody reads is an error; one that nobody reads changes nothing."""
-    runs = Campaign(with_checksums, mode, checksum=True)
+    runs = Campaign(nvme_dir, mode, checksum=True)
     assert runs.strike(rate(0.2, kind), seed=1) is not None
     rows.append((mode, campaign(runs, kind, stride=STRIDE, judge=lambda error: None)))
 
@@ -160,9 +151,9 @@ def test_corruption_is_found(
 @every_mode
 @pytest.mark.parametrize("kind", LIES)
 def test_every_corruption_is_found(
-    kind: str, mode: str, with_checksums: Path, rows: list[tuple[str, Row]]
+    kind: str, mode: str, nvme_dir: Path, rows: list[tuple[str, Row]]
 ) -> None:
-    runs = Campaign(with_checksums, mode, checksum=True)
+    runs = Campaign(nvme_dir, mode, checksum=True)
     row = campaign(runs, kind, stride=1, judge=lambda error: None)
     assert row.refused > row.survived
     rows.append((mode, row))

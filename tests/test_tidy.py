@@ -18,7 +18,7 @@ LAYERS = {
     name: layer
     for layer, names in enumerate(
         [
-            "errors tier timeline machine forks smart",
+            "errors tier timeline machine forks interrupts smart",
             "policy formats io slots stats openmp swapfile wear",
             "store update calibrate",
             "chunk schedule manifest",

@@ -128,7 +128,7 @@ def test_pieces_are_those_of_the_tiles_with_ops(
             last = min(first + tile_numel, numel)
             if write_all or any(op.begin < last and op.end > first for op in ops):
                 for page in range(first * itemsize, last * itemsize, 4096):
-                    want[bisect.bisect_right(list(itertools.accumulate(parts)), page)] += 4096
+                    want[bisect.bisect_right(list(itertools.accumulate(shares)), page)] += 4096
     got = [0] * num_paths
     for fd, nbytes in written_pieces(numel, planes, pack_ops(ops), tile_numel, write_all=write_all):
         got[fd] += nbytes
@@ -274,7 +274,7 @@ def test_a_resumed_run_remembers_what_it_wrote(
         kept = read_manifest(folder).wear
         assert sum(nbytes for _, (nbytes,) in kept.hours) <= sum(kept.total)
     real = sum(nbytes for _, nbytes in log)
-    assert 0.95 * real <= sum(kept.total) <= 1.5 * real
+    assert 0.95 * real <= sum(kept.total) <= 1.75 * real  # what is in flight counts as planned
     assert most_in_a_day(log) <= limit
     assert clock.slept_s > DAY_S
 
