@@ -311,7 +311,7 @@ def test_a_checkpoint_with_a_wrong_byte_is_refused(nvme_dir: Path) -> None:
         with pytest.raises(offload.StorageError, match=r"EBADMSG") as caught:
             start(entry, make_policy(nvme_dir / "other"), str(saved))
     assert caught.value.chunk and caught.value.offset <= place < caught.value.offset + (64 << 10)
-    assert list((nvme_dir / "other").iterdir()) == []
+    assert not (nvme_dir / "other").exists()  # made for a run that never began
 
 
 def test_a_folder_with_something_in_it_is_no_place_for_a_checkpoint(nvme_dir: Path) -> None:
