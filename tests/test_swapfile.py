@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forked import wait_until_gone
 from leaks import num_locks, open_files
 from test_store import files_of, hold_in_child, make_paths
 
@@ -251,18 +252,6 @@ def leave_lock_with_a_child(folder: Path, *, lets_go: bool) -> tuple[int, int]:
     return pid, child
 
 
-def wait_until_gone(pid: int) -> None:
-    """A grandchild is not ours to wait for; its parent has died."""
-    try:
-        watch = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    import select
-
-    select.select([watch], [], [], 10)
-    os.close(watch)
-
-
 def test_a_listing_in_between_does_not_refuse_a_start(
     nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,9 +334,7 @@ def test_a_start_that_fails_leaves_nothing(
     assert list((nvme_dir / "there").iterdir()) == []
 
 
-def test_a_coarse_alignment_leaves_nothing(
-    nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_coarse_alignment_leaves_nothing(nvme_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "dioalign", lambda path: (8192, 8192))
     with pytest.raises(StorageError, match="EINVAL"):
         make_store(nvme_dir / "run").open(None)
