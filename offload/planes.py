@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -91,6 +91,17 @@ class PlaneReader:
         return {
             p.name: flat[p.offset : p.offset + p.numel].view(p.shape) for p in chunk.spec.params
         }
+
+    def check_fits(self, params: Iterable[torch.Tensor]) -> None:
+        """Raise StateError where copies of these parameters are more than the budget leaves."""
+        plan = self._engine.plan
+        needed = sum(param.numel() for param in params) * plan.fmt.weight_dtype.itemsize
+        if needed > max(plan.cpu_budget_nbytes - plan.slab_nbytes, 0):
+            raise StateError(
+                f"state_dict() needs {format_nbytes(needed)} beside the slab, which RAM does not "
+                "have. "
+                "Raise tiers.cpu.budget, or use engine.export(folder), which streams."
+            )
 
     def weight(self, chunk: Chunk, position: int) -> torch.Tensor:
         """A copy of one parameter as compute sees it. Reads its chunk, or what the last call read

@@ -35,7 +35,7 @@ from offload.openmp import Calm
 from offload.partition import Partition, partition
 from offload.plan import make_plan
 from offload.planes import PlaneReader
-from offload.policy import OffloadPolicy, format_nbytes
+from offload.policy import OffloadPolicy
 from offload.recovery import Recovered, adopt
 from offload.report import MemoryReport, memory_report
 from offload.restore import restore
@@ -140,7 +140,9 @@ class Session:
         self._attachment = Attachment(self.model, self._engine, self.autograd)
         self._attachment.replace_forwards(parts, self.policy.activations)
         self._attachment.replace(self.model, "zero_grad", self._model_zero_grad)
-        self._attachment.hook_state_dicts(self._check_state_dict_fits, self._weight_of)
+        self._attachment.hook_state_dicts(
+            lambda module: self._planes.check_fits(module.parameters()), self._weight_of
+        )
         self._attachment.refuse_loading(lambda p: self._chunk_of(p)[0].override is not None)
         for chunk in self._engine.chunks:
             if chunk.spec.is_small:  # stays bound: see [Note: small chunk] in partition.py
@@ -394,17 +396,6 @@ class Session:
             return self._planes.weights(chunk, dtype)
 
         return export_model(self.model, self._engine.chunks, read, Path(folder))
-
-    def _check_state_dict_fits(self, module: nn.Module) -> None:
-        itemsize = self.plan.fmt.weight_dtype.itemsize
-        needed = sum(param.numel() for param in module.parameters()) * itemsize
-        room = max(self.policy.tiers.cpu.budget - self.plan.slab_nbytes, 0)
-        if needed > room:
-            raise StateError(
-                f"state_dict() needs {format_nbytes(needed)} beside the slab, which RAM does not "
-                "have. "
-                "Raise tiers.cpu.budget, or use engine.export(folder), which streams."
-            )
 
     # ---- ends ----
 

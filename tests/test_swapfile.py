@@ -17,7 +17,6 @@ from offload import machine, runs, swapfile
 from offload.errors import StateError, StorageError
 from offload.store import ChunkStore
 from offload.swapfile import (
-    ALIGN_NBYTES,
     CHECKSUM_NAMES,
     LOCK_NAME,
     MANIFEST_NAME,
