@@ -129,6 +129,7 @@ class Attachment:
 
     def _check_unchanged(self) -> None:
         """Once per step: the model must still have the parameters it was wrapped with."""
+        self._engine.check_alive()
         if self.checked:
             return
         self.checked = True

@@ -33,6 +33,7 @@ from offload.chunk import Chunk, ChunkSpec
 from offload.engine import Engine
 from offload.errors import StateError, StorageError, storage_errors
 from offload.formats import Plane
+from offload.homes import PlaneKey
 from offload.manifest import (
     ChecksumsRecord,
     ChunkRecord,
@@ -83,7 +84,7 @@ class Commits:
         self._slot = 0  # of the checksum file to write next
         self._phase = _Phase.IDLE
         self._record: StepRecord | None = None
-        self._num_saving = 0
+        self._saving: set[PlaneKey] = set()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "offload-commit")
         self._future: concurrent.futures.Future[tuple[int, int]] | None = None
         self._start = 0.0
@@ -115,7 +116,7 @@ class Commits:
         if not self._engine.failed:
             if self._phase is _Phase.UPDATING and not self._pending():
                 self._save()
-            if self._phase is _Phase.SAVING and not self._num_saving:
+            if self._phase is _Phase.SAVING and not self._saving:
                 self._sync()
         if self._phase is _Phase.SYNCING and self._future is not None and self._future.done():
             self._finish(self._future)
@@ -168,17 +169,17 @@ class Commits:
         self._phase = _Phase.SAVING
 
     def _save_plane(self, chunk: Chunk, plane: Plane) -> None:
-        extents = chunk.extents[plane]
+        extents, key = chunk.extents[plane], (chunk.spec.index, plane)
 
         def finish(result: int, fd: int, offset: int) -> None:
-            self._num_saving -= 1
+            self._saving.discard(key)
             if result < 0:
                 raise self._store.error(-result, "committing", fd, offset, chunk.name)
             extents.wrote()
 
-        self._num_saving += 1
         address = chunk.pinned[plane].address
         self._engine.start_plane(io.WRITE, extents.target, address, chunk, finish, io.WRITE_BACK)
+        self._saving.add(key)
 
     def _sync(self) -> None:
         self._future = self._thread.submit(self._write)

@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 
-from offload import interrupts
+from offload import forks, interrupts
 from offload.errors import OffloadError, StateError
 from offload.io import DEMAND, READ, WRITE, IoQueue, Segment
 from offload.stats import UPDATE, StatsCounter
@@ -42,6 +42,7 @@ class InFlight:
         self._transfers: dict[int, Transfer] = {}
         self._num_moving = 0  # of them, in the I/O queue
         self._num_updating = 0  # of them, with the update worker
+        forks.register(self)
 
     def __bool__(self) -> bool:
         return bool(self._transfers)
@@ -206,6 +207,12 @@ class InFlight:
             self._pipeline.close()
             if self._queue is not None:
                 self._queue.close()
+
+    def let_go(self) -> None:
+        """In a forked child: nothing moves here, and nothing will. See [Note: forks]."""
+        self.failure = StateError(forks.REFUSAL)
+        self._transfers.clear()
+        self._num_moving = self._num_updating = 0
 
     def _collect_io(self, timeout_s: float) -> None:
         if self._queue is None:

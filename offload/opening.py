@@ -18,7 +18,7 @@ from offload.io import Limits, choose_backend
 from offload.manifest import Manifest
 from offload.plan import Plan
 from offload.policy import OffloadPolicy
-from offload.recovery import check_same_model, homes_of
+from offload.recovery import check_same_model, check_versions, homes_of
 from offload.slots import Slab
 from offload.store import ChunkStore
 from offload.swapfile import MANIFEST_NAME, RunFiles
@@ -56,6 +56,7 @@ def manifest_to_resume(
     manifest = read_manifest(nvme.paths[0])
     where = f"the run in {nvme.paths[0]}"
     check_same_model(manifest, plan.specs, plan.fmt, where)
+    check_versions(manifest, plan.specs, where)
     if len(manifest.file_nbytes) != len(nvme.paths):
         raise PolicyError(
             f"tiers.nvme.paths names {len(nvme.paths)} folders, {where} has "

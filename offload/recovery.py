@@ -66,7 +66,26 @@ def _difference(record: ChunkRecord, spec: ChunkSpec, fmt: StateFormat) -> str:
             return f"parameter {old.name} {old.shape} is {new.name} {new.shape} here"
     if len(record.params) != len(spec.params):
         return f"chunk {record.name} has {len(record.params)} parameters, here {len(spec.params)}"
+    planes = {plane.value for plane in spec.state_planes(fmt)}
+    if set(record.planes) != planes:
+        return f"chunk {record.name} has the planes {sorted(record.planes)}, not {sorted(planes)}"
     return ""
+
+
+def check_versions(manifest: Manifest, specs: Sequence[ChunkSpec], where: str) -> None:
+    """Raise StateError where training would write over what is committed: in a checkpoint, whose
+    planes have one extent. See [Note: two extents] in store.py.
+    """
+    single = [
+        spec.name
+        for spec, record in zip(specs, manifest.chunks, strict=True)
+        if spec.trainable and any(len(plane.extents) != 2 for plane in record.planes.values())
+    ]
+    if manifest.kind != "run" or single:
+        raise StateError(
+            f"{where} is a checkpoint, and to train in it would destroy it. Start from it instead: "
+            "weights=<its folder>, with another folder in tiers.nvme.paths."
+        )
 
 
 def homes_of(manifest: Manifest) -> dict[PlaneKey, PlaneExtents]:

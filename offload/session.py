@@ -492,5 +492,4 @@ class Session:
         """
         self._closed, self._why_closed = True, forks.REFUSAL
         atexit.unregister(self._shut)
-        self._engine.fail(StateError(forks.REFUSAL))
         self._planes.hide()  # the child's slab is empty

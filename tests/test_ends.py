@@ -93,7 +93,7 @@ def flushes(engine: Any) -> str:
 def test_a_forked_child_disturbs_nothing(
     action: Callable[[Any], str], durability: str, io: str, nvme_dir: Path, want: dict[str, str]
 ) -> None:
-    """It is forked with updates in flight, and ends by itself; the parent comes to the same bits."""
+    """Forked with updates in flight, it ends by itself; the parent comes to the same bits."""
     policy = policy_of(nvme_dir, ENTRY, "nvme", durability=durability, tiers__nvme__io=io)
     with begin(policy) as engine:
         train(engine, ENTRY, until=2)
@@ -459,6 +459,14 @@ def fewer_planes(folder: Path) -> None:
     (folder / MANIFEST_NAME).write_bytes(manifest.encode(manifest.Manifest.model_validate(tree)))
 
 
+def one_extent(folder: Path) -> None:
+    tree = read_manifest(folder).model_dump(mode="json")
+    for chunk in tree["chunks"]:
+        for plane in chunk["planes"].values():
+            plane["extents"], plane["committed"] = [plane["extents"][plane["committed"]]], 0
+    (folder / MANIFEST_NAME).write_bytes(manifest.encode(manifest.Manifest.model_validate(tree)))
+
+
 BUFFER = manifest.pack_tensor(torch.zeros(3))
 LIES = {
     "checksums gone": without_checksums,
@@ -468,6 +476,7 @@ LIES = {
     "unknown buffer": lie(buffers={"nobody": BUFFER}),
     "many pieces": many_pieces,
     "fewer planes": fewer_planes,
+    "one extent": one_extent,
     "swap file gone": lambda folder: (folder / SWAP_NAME).unlink(),
 }
 
@@ -501,3 +510,18 @@ def test_a_run_that_cannot_be_adopted_leaves_nothing_open(
     for name, content in before.items():
         (folder / name).write_bytes(content)
     check_resumes(policy, 2, want)
+
+
+def test_a_checkpoint_is_not_trained_in(nvme_dir: Path, want: dict[str, str]) -> None:
+    """Its planes have one extent: the first step would write over the only copy."""
+    saved = nvme_dir / "saved"
+    with begin(policy_of(nvme_dir / "run", ENTRY, "nvme")) as engine:
+        train(engine, ENTRY, until=2)
+        engine.checkpoint(saved)
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(StateError, match="is a checkpoint.*weights=<its folder>"):
+        start(ENTRY, policy_of(saved, ENTRY, "nvme"), "resume")
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    with start(ENTRY, policy_of(nvme_dir / "other", ENTRY, "nvme"), str(saved)) as engine:
+        train(engine, ENTRY, until=NUM_STEPS)
+        assert record_of(engine) == want

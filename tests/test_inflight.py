@@ -1,5 +1,6 @@
 """What is in flight: each end is told to its owner once, in poll or block, and never lost."""
 
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -293,3 +294,24 @@ def test_close_waits_and_stops_both_workers() -> None:
     bench.flight.close()
     bench.flight.close()
     assert bench.log.names == ["a"] and bench.queue.is_closed and bench.pipeline.is_closed
+
+
+def test_ctrl_c_behind_a_completion_does_not_lose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that comes as completions are handed over is raised when all have been told."""
+    bench = Bench()
+    bench.queue.complete(bench.start_io("a"))
+    bench.pipeline.complete(bench.start_update("b"))
+    for source in (bench.queue, bench.pipeline):
+        poll = source.poll
+
+        def interrupted(poll: Callable[[], list] = poll) -> list:
+            rows = poll()
+            signal.raise_signal(signal.SIGINT)
+            return rows
+
+        monkeypatch.setattr(source, "poll", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        bench.flight.block(UPDATE)
+    assert sorted(bench.log.names) == ["a", "b"] and not bench.flight
+    assert signal.getsignal(signal.SIGINT) is before
