@@ -85,7 +85,7 @@ class Row:
     refused: int = 0
 
 
-REFERENCES: dict[tuple[str, bool], Reference] = {}  # by mode and checksum; they never differ
+REFERENCES: dict[tuple[str, bool | None], Reference] = {}  # by mode and checksum; they never differ
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Campaign:
 
     directory: Path
     mode: str
-    checksum: bool = False
+    checksum: bool | None = None  # None: as the policy does without being told
     moved_in: bool = False  # the present run got beyond construction
 
     @property
@@ -103,6 +103,7 @@ class Campaign:
 
     def policy(self) -> dict[str, Any]:
         paths = [str(path) for path in self.paths]
+        changes = {} if self.checksum is None else {"tiers__nvme__checksum": self.checksum}
         return make_policy(
             self.directory,
             tiers__nvme__paths=paths,
@@ -210,12 +211,12 @@ def audited() -> Iterator[None]:
         make(pool, *args, **kwargs)
         pools.append(pool)
 
-    def checked_close(engine: Engine, *, keep: bool = False) -> None:
+    def checked_close(engine: Engine, **how: Any) -> None:
         engine.drain()
         try:
             check_slots(engine, pools)
         finally:
-            close(engine, keep=keep)
+            close(engine, **how)
 
     with patched(Engine, close=checked_close), patched(SlotPool, __init__=known):
         yield
