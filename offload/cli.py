@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from offload.errors import BudgetError, OffloadError, PolicyError
+from offload.errors import BudgetError, OffloadError, PolicyError, StateError
 
 EXIT_FAILURE = 1
 EXIT_CONFIG = 2
@@ -132,19 +132,93 @@ def clean(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """List the runs that lie in FOLDERS, and remove those that nobody needs; never a live one."""
+    """List the runs that lie in FOLDERS, and remove those that nobody needs.
+
+    Never a live one, and never a checkpoint: remove its folder yourself.
+    """
     with _errors_as_messages(debug):
         from offload import runs
         from offload.policy import short_nbytes
 
-        for info in (info for folder in folders for info in runs.find_runs(folder)):
-            goes = info.kind is runs.RunKind.ORPHAN or (
-                committed and info.kind is runs.RunKind.COMMITTED
-            )
-            if remove and goes:
-                runs.remove(info.folder, committed=committed)
-            what = "removed" if remove and goes else "kept"
+        goes = {runs.RunKind.ORPHAN}
+        if committed:
+            goes |= {runs.RunKind.COMMITTED, runs.RunKind.MEMBER}
+        found = [info for folder in folders for info in runs.find_runs(folder)]
+        for info in found:
+            what = "removed" if remove and info.kind in goes else "kept"
+            if what == "removed":
+                try:
+                    runs.remove([info.folder], committed=committed)
+                except StateError as error:  # it came to life, or was committed, since
+                    typer.echo(f"{error}", err=True)
+                    what = "kept"
             typer.echo(f"{what:<8} {short_nbytes(info.nbytes):>9}  {info}")
+        if not found:
+            typer.echo("no runs here")
+
+
+StepPaths = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RUN... OUT",
+        help="The folders of a run, all of tiers.nvme.paths in their order, or a checkpoint; then "
+        "the folder to write.",
+    ),
+]
+
+
+@app.command()
+def checkpoint(
+    paths: StepPaths,
+    rate: Annotated[
+        str | None, typer.Option(help="Copy at most this much in a second, such as 200MiB.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Copy the committed step of a run that is not live to OUT, every block verified.
+
+    OUT starts a run anywhere: pass it as weights=OUT. Where the file system can, it shares the
+    run's bytes instead of copying them.
+    """
+    with _errors_as_messages(debug):
+        from offload.offline import copy_run
+        from offload.policy import parse_nbytes, short_nbytes
+        from offload.progress import Reporter
+
+        folders, out = _run_and_out(paths)
+        rate_nbytes = parse_nbytes(rate) if rate is not None else None
+        reporter = Reporter()
+        with reporter.bar("copying", 100) as bar:
+            num_cloned = copy_run(
+                folders, out, rate_nbytes=rate_nbytes,
+                show=lambda done, total: bar.update(done * 100 // total),
+            )  # fmt: skip
+        shared = f", {short_nbytes(num_cloned)} of it shared with the run" if num_cloned else ""
+        reporter.say("checkpoint", f"{out}{shared}")
+
+
+@app.command()
+def export(paths: StepPaths, debug: Debug = False) -> None:
+    """Write the weights of a run that is not live, or of a checkpoint, to OUT as safetensors.
+
+    They have the parameters' names of the model. A run keeps neither config nor tokenizer: copy
+    them into OUT from the model's folder to load it with transformers.
+    """
+    with _errors_as_messages(debug):
+        from offload.offline import export_step
+        from offload.progress import Reporter
+
+        folders, out = _run_and_out(paths)
+        reporter = Reporter()
+        with reporter.bar("exporting", 100) as bar:
+            export_step(folders, out, show=lambda done, total: bar.update(done * 100 // total))
+        reporter.say("exported", str(out))
+
+
+def _run_and_out(paths: list[Path]) -> tuple[list[Path], Path]:
+    if len(paths) < 2:
+        raise PolicyError("name the folders of the run, and then the folder to write.")
+    return paths[:-1], paths[-1]
 
 
 @app.command()

@@ -17,21 +17,14 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import enum
-import errno
 import logging
-import os
 import time
-import zlib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from offload import io, manifest
+from offload import io, manifest, runfolder
 from offload.chunk import Chunk, ChunkSpec
 from offload.engine import Engine
-from offload.errors import StateError, StorageError, storage_errors
+from offload.errors import StateError
 from offload.formats import Plane
 from offload.homes import PlaneKey
 from offload.manifest import (
@@ -43,8 +36,9 @@ from offload.manifest import (
     TensorRecord,
     WearRecord,
 )
+from offload.runfiles import make_file, sync_folder, write_checksums, write_durably
 from offload.store import ChunkStore, PlaneExtents
-from offload.swapfile import CHECKSUM_NAMES, MANIFEST_NAME, MEMBER_NAME, lies_there, open_own
+from offload.swapfile import CHECKSUM_NAMES, MANIFEST_NAME, MEMBER_NAME
 from offload.tier import Link
 
 logger = logging.getLogger("offload")
@@ -90,12 +84,13 @@ class Commits:
         self._start = 0.0
         self._is_first = True
         self.last_step: int | None = None  # the newest one that is durable
+        self.last_progress: dict[str, Any] = {}  # what was kept with it
         engine.before_change = self.settle
         engine.after_poll = self.advance
 
     def continue_from(self, manifest: Manifest) -> None:
         """This run has been committed before."""
-        self.last_step = manifest.step
+        self.last_step, self.last_progress = manifest.step, dict(manifest.progress)
         if manifest.checksums is not None:
             self._slot = 1 - manifest.checksums.slot
 
@@ -139,6 +134,20 @@ class Commits:
             concurrent.futures.wait([self._future])
             self._engine.stats.stalled(_CAUSE, time.perf_counter() - start)
             self._finish(self._future)
+
+    def is_behind(self, record: StepRecord) -> bool:
+        """Whether there is anything to commit: a step, progress, or planes that were written
+        outside of a step.
+        """
+        return (
+            (self.last_step, self.last_progress) != (record.step, record.progress)
+            or any(chunk.unsaved for chunk in self._engine.chunks)
+            or any(
+                extents.newest_index != extents.committed
+                for chunk in self._engine.chunks
+                for extents in self._state_extents(chunk)
+            )
+        )
 
     def close(self) -> None:
         """Wait for the thread, whatever becomes of its commit. Idempotent."""
@@ -208,7 +217,7 @@ class Commits:
     def _committed(self, slot: int) -> None:
         self._slot, self._is_first = 1 - slot, False
         if self._record is not None:
-            self.last_step = self._record.step
+            self.last_step, self.last_progress = self._record.step, self._record.progress
 
     def _state_extents(self, chunk: Chunk) -> list[PlaneExtents]:
         return [chunk.extents[plane] for plane in chunk.spec.state_planes(self._engine.plan.fmt)]
@@ -225,6 +234,8 @@ class Commits:
             self._claim_folders()
         checksums = self._write_checksums()
         content = manifest.encode(self._manifest(checksums))
+        if self._is_first:
+            manifest.decode(content, "the manifest of this run")  # what is kept can be read back
         write_durably(self._store.paths[0] / MANIFEST_NAME, content)
         return self._slot, len(content) + (checksums.nbytes if checksums is not None else 0)
 
@@ -232,12 +243,15 @@ class Commits:
         """Mark the other paths as parts of a run, and make the names of all files durable, which a
         flush of the files alone does not.
         """
+        self._store.trim()
         first, *others = self._store.paths
         for index, path in enumerate(others, start=1):
-            write_durably(path / MEMBER_NAME, f"{self._run} {index}\n".encode())
+            write_durably(path / MEMBER_NAME, runfolder.member_content(self._run, index))
         for name in CHECKSUM_NAMES:
             make_file(first / name)
-        _sync_folder(first)
+        sync_folder(first)
+        for path in self._store.paths:
+            sync_folder(path.parent)
 
     def _write_checksums(self) -> ChecksumsRecord | None:
         """The checksums of the newest extents, in the manifest's order."""
@@ -249,21 +263,7 @@ class Commits:
             for chunk in self._engine.chunks
             for extents in self._state_extents(chunk)
         ]
-        path = store.paths[0] / CHECKSUM_NAMES[self._slot]
-        is_new = not lies_there(path)
-        crc = 0
-        for table in tables:
-            crc = zlib.crc32(table.data, crc)
-        with storage_errors("committing", path):
-            write_synced(path, [table.data for table in tables])
-        if is_new:
-            _sync_folder(path.parent)  # the manifest that names it must not be there without it
-        return ChecksumsRecord.model_construct(
-            slot=self._slot,
-            block_nbytes=store.checksum_nbytes,
-            nbytes=sum(table.nbytes for table in tables),
-            crc32=crc,
-        )
+        return write_checksums(store.paths[0], self._slot, store.checksum_nbytes, tables)
 
     def _manifest(self, checksums: ChecksumsRecord | None) -> Manifest:
         if self._record is None:
@@ -320,67 +320,3 @@ def param_records_of(spec: ChunkSpec) -> tuple[ParamRecord, ...]:
         )
         for param in spec.params
     )
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a small file so that a crash leaves the old one or the new one, whole."""
-    temporary = path.with_name(path.name + ".new")
-    with storage_errors("committing", path):
-        write_synced(temporary, [content])
-        os.rename(temporary, path)
-    _sync_folder(path.parent)
-
-
-def make_file(path: Path) -> None:
-    """Have a file of this name, with what it holds if there is one. Raises StorageError."""
-    try:
-        os.close(open_own(path, os.O_WRONLY | os.O_CREAT))
-    except OSError as error:
-        raise StorageError(error.errno or errno.EIO, "making", path=str(path)) from error
-
-
-def write_synced(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
-    """Write a file from its start and flush it. Raises OSError."""
-    fd = open_own(path, os.O_WRONLY | os.O_CREAT)
-    try:
-        os.ftruncate(fd, 0)
-        for piece in pieces:
-            view = memoryview(piece).cast("B")
-            while view:
-                view = view[os.write(fd, view) :]
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_folder(path: Path) -> None:
-    with storage_errors("flushing", path):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def read_checksums(folder: Path, record: ChecksumsRecord) -> np.ndarray:
-    """The uint32 checksums of a commit. Raises StorageError where the file is not what it was."""
-    path = folder / CHECKSUM_NAMES[record.slot]
-    with storage_errors("reading", path), open(open_own(path, os.O_RDONLY), "rb") as file:
-        content = file.read(record.nbytes + 1)
-    if len(content) != record.nbytes or zlib.crc32(content) != record.crc32:
-        raise StorageError(errno.EBADMSG, "reading", path=str(path))
-    return np.frombuffer(content, np.uint32)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest in a folder. Raises StorageError where there is none, or it is broken."""
-    path = folder / MANIFEST_NAME
-    with storage_errors("reading", path):
-        try:
-            fd = open_own(path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            remedy = f"There is no committed run in {folder}."
-            raise StorageError(errno.ENOENT, "reading", path=str(path), remedy=remedy) from error
-        with open(fd, "rb") as file:
-            content = file.read(manifest.MANIFEST_NBYTES_MAX)
-    return manifest.decode(content, str(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,15 @@ def export_model(
     `read(chunk)` gives a chunk's parameters by name, each a CPU tensor. Peak memory: one shard, or
     one chunk where that is larger. Files appear under their final names only when they are whole.
     """
+    write_tensors(_tensors_of(model, chunks, read), folder, shard_nbytes=shard_nbytes)
+    _write_config(model, folder)
+    return folder
+
+
+def write_tensors(
+    tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, *, shard_nbytes: int = SHARD_NBYTES
+) -> None:
+    """Write safetensors in shards, with their index. Peak memory: one shard, or one tensor."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,11 +48,11 @@ def export_model(
     files: list[tuple[Path, list[str]]] = []
     total = 0
     try:
-        for number, tensors in enumerate(_shards(model, chunks, read, shard_nbytes)):
+        for number, shard in enumerate(_shards(tensors, shard_nbytes)):
             path = folder / f".shard-{number}.tmp"
-            files.append((path, list(tensors)))
-            save_file(tensors, path, metadata={"format": "pt"})
-            total += sum(tensor.nbytes for tensor in tensors.values())
+            files.append((path, list(shard)))
+            save_file(shard, path, metadata={"format": "pt"})
+            total += sum(tensor.nbytes for tensor in shard.values())
     except BaseException:
         for path, _ in files:
             path.unlink(missing_ok=True)
@@ -55,8 +64,6 @@ def export_model(
         os.replace(path, folder / final)
         weight_map.update(dict.fromkeys(names, final))
     _write_index(folder, weight_map, total, sharded=len(files) > 1)
-    _write_config(model, folder)
-    return folder
 
 
 def _shard_name(number: int, count: int) -> str:
@@ -79,18 +86,25 @@ def _write_config(model: nn.Module, folder: Path) -> None:
             config.save_pretrained(folder)
 
 
-def _shards(
-    model: nn.Module, chunks: list[Chunk], read: ReadWeights, shard_nbytes: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors in groups of at most shard_nbytes; persistent buffers go with the last one."""
-    shard: dict[str, torch.Tensor] = {}
+def _tensors_of(
+    model: nn.Module, chunks: list[Chunk], read: ReadWeights
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """All parameters, and the persistent buffers last."""
     for chunk in chunks:
-        for name, tensor in read(chunk).items():
-            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_nbytes:
-                yield shard
-                shard = {}
-            shard[name] = tensor.contiguous()
-    shard.update(_persistent_buffers(model))
+        yield from read(chunk).items()
+    yield from _persistent_buffers(model).items()
+
+
+def _shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], shard_nbytes: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors in groups of at most shard_nbytes."""
+    shard: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_nbytes:
+            yield shard
+            shard = {}
+        shard[name] = tensor.contiguous()
     if shard:
         yield shard
 

@@ -30,6 +30,7 @@ from offload.jobconfig import (
 from offload.loss import next_token_loss
 from offload.policy import OffloadPolicy, short_nbytes
 from offload.progress import Bar, JsonlLog, Reporter
+from offload.runfolder import is_manifest
 from offload.runs import remove
 from offload.sources import ModelSource, build_on_meta, open_source, quiet_transformers, run_child
 from offload.swapfile import MANIFEST_NAME
@@ -77,7 +78,7 @@ def plan_job(config: FinetuneConfig, reporter: Reporter) -> Any:
 def holds_run(config: FinetuneConfig) -> bool:
     """Whether there is a committed step of a job to go on from."""
     nvme = config.tiers.nvme
-    return bool(config.commit_every and nvme and (nvme.paths[0] / MANIFEST_NAME).exists())
+    return bool(config.commit_every and nvme and is_manifest(nvme.paths[0] / MANIFEST_NAME))
 
 
 def _check_output(output: OutputSection) -> None:
@@ -154,8 +155,7 @@ class _Job:
         if result.loss_after is None:
             self.reporter.say("kept", "the run: start it again to go on from here")
             return
-        for path in self.policy.tiers.nvme.paths:
-            remove(path, committed=True)
+        remove(self.policy.tiers.nvme.paths, committed=True)
 
     def _prepare_text(self, source: ModelSource) -> Corpus:
         """Tokenise, or find it done."""

@@ -10,21 +10,24 @@ from __future__ import annotations
 import base64
 import binascii
 import errno
+import json
+import math
 import zlib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+import pydantic_core
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from offload.errors import StateError, StorageError
 from offload.formats import FORMATS, Plane
 from offload.store import Extent, PlaneExtents
-from offload.swapfile import ALIGN_NBYTES
+from offload.swapfile import ALIGN_NBYTES, MANIFEST_MAGIC
 
 VERSION = 1
-MANIFEST_NBYTES_MAX = 1 << 30
-_MAGIC = b"offload-manifest"
+MANIFEST_NBYTES_MAX = 256 << 20
+_NUM_LISTS_MAX = 16 << 20  # brackets: a parsed list takes 60 times the bytes of its two
 _HEAD_NBYTES_MAX = 128
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -33,7 +36,8 @@ Piece = tuple[Annotated[int, Field(ge=0, lt=64)], Count, Count]  # file, offset,
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # NaN and Inf as json.dumps has them: a loss among a user's progress may be one
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
 class PlaneRecord(_Record):
@@ -116,9 +120,11 @@ class Manifest(_Record):
     def _adds_up(self) -> Manifest:
         for chunk in self.chunks:
             _check_chunk(chunk, self.state_format)
+        _check_names(self)
         _check_apart(self)
         if {len(nbytes) for _, nbytes in self.wear.hours} - {len(self.wear.total)}:
             raise ValueError("the wear of different hours is of different drives")
+        _check_blocks(self)
         return self
 
     def planes(self) -> Iterator[tuple[int, Plane, PlaneRecord]]:
@@ -147,6 +153,8 @@ def _check_chunk(chunk: ChunkRecord, state_format: str) -> None:
     for param in chunk.params:
         if param.offset + param.numel > chunk.numel:
             raise ValueError(f"chunk {chunk.name}: parameter {param.name} reaches beyond it")
+        if math.prod(param.shape) != param.numel:
+            raise ValueError(f"chunk {chunk.name}: parameter {param.name} has another size")
     known = {plane.value: plane for plane in fmt.state_planes}
     if not set(chunk.planes) <= set(known) or Plane.WEIGHT.value not in chunk.planes:
         raise ValueError(f"chunk {chunk.name}: planes {sorted(chunk.planes)} are not {fmt.name}'s")
@@ -154,6 +162,31 @@ def _check_chunk(chunk: ChunkRecord, state_format: str) -> None:
         for pieces in record.extents:
             if sum(nbytes for _, _, nbytes in pieces) != fmt.nbytes(known[name], chunk.numel):
                 raise ValueError(f"chunk {chunk.name}: plane {name} has another size")
+
+
+def _check_names(manifest: Manifest) -> None:
+    """A name stands for one chunk, or one parameter."""
+    chunks = [chunk.name for chunk in manifest.chunks]
+    params = [param.name for chunk in manifest.chunks for param in chunk.params]
+    if len(set(chunks)) != len(chunks) or len(set(params)) != len(params):
+        raise ValueError("a name stands for two chunks or two parameters")
+
+
+def _check_blocks(manifest: Manifest) -> None:
+    """The checksums are as many as the blocks of what is committed; a block lies in one piece."""
+    record = manifest.checksums
+    if record is None:
+        return
+    num_blocks, block = 0, record.block_nbytes
+    if block & (block - 1):
+        raise ValueError(f"blocks of {block} bytes are no power of two")
+    for _, _, plane in manifest.planes():
+        for pieces in plane.extents:
+            if any(nbytes % block for _, _, nbytes in pieces[:-1]):
+                raise ValueError("a block is cut in two")
+        num_blocks += sum(-(-nbytes // block) for _, _, nbytes in plane.extents[plane.committed])
+    if record.nbytes != 4 * num_blocks:
+        raise ValueError(f"{record.nbytes} bytes of checksums for {num_blocks} blocks")
 
 
 def _check_apart(manifest: Manifest) -> None:
@@ -174,9 +207,18 @@ def _check_apart(manifest: Manifest) -> None:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """The file's bytes: one line with version, checksum and length, then JSON."""
+    """The file's bytes: one line with version, checksum and length, then JSON.
+
+    Raises StateError where it would be larger than decode() reads.
+    """
     body = manifest.model_dump_json().encode()
-    head = b"%s %d %08x %d\n" % (_MAGIC, VERSION, zlib.crc32(body), len(body))
+    head = b"%s %d %08x %d\n" % (MANIFEST_MAGIC, VERSION, zlib.crc32(body), len(body))
+    if len(head) + len(body) > MANIFEST_NBYTES_MAX:
+        raise StateError(
+            f"the manifest would take {len(body)} bytes, and {MANIFEST_NBYTES_MAX} at most can be "
+            "read back. Keep less in engine.run.progress; register large buffers of the model with "
+            "persistent=False."
+        )
     return head + body
 
 
@@ -187,22 +229,44 @@ def decode(content: bytes, path: str) -> Manifest:
     anything that encode() cannot have written; `path` is for the message.
     """
     body = _checked_body(content, path)
+    if body.count(b"[") + body.count(b"{") > _NUM_LISTS_MAX:
+        raise _broken(path, "it has more lists than any run")
     try:
         return Manifest.model_validate_json(body)
     except (ValidationError, ValueError, RecursionError) as error:
         raise _broken(path, f"{type(error).__name__}: {str(error)[:300]}") from error
 
 
+def pack_progress(progress: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what the user keeps with a commit. Raises StateError where a manifest would not
+    give it back.
+    """
+    try:
+        if not isinstance(progress, dict):
+            raise TypeError(f"{type(progress).__name__} is no dict")
+        text = json.dumps({"progress": progress})
+        copy: dict[str, Any] = pydantic_core.from_json(text)["progress"]
+        pydantic_core.to_json(copy, inf_nan_mode="constants")
+        return copy
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StateError(
+            f"engine.run.progress cannot be kept with a commit: {error}. Use a dict of what JSON "
+            "can hold."
+        ) from error
+
+
 def _checked_body(content: bytes, path: str) -> bytes:
     head, newline, body = content[:_HEAD_NBYTES_MAX].partition(b"\n")
     fields = head.split(b" ")
-    if not newline or len(fields) != 4 or fields[0] != _MAGIC:
+    if not newline or len(fields) != 4 or fields[0] != MANIFEST_MAGIC:
         raise _broken(path, "it does not begin like a manifest")
     if fields[1] != b"%d" % VERSION:
         raise StateError(
             f"{path} is of version {fields[1].decode(errors='replace')!r}, and this program reads "
             f"version {VERSION}. Use the release that wrote it."
         )
+    if len(content) > MANIFEST_NBYTES_MAX:
+        raise _broken(path, f"it is larger than {MANIFEST_NBYTES_MAX} bytes")
     body = content[len(head) + 1 :]
     if fields[3] != b"%d" % len(body) or fields[2] != b"%08x" % zlib.crc32(body):
         raise _broken(path, "its content does not match its checksum")
@@ -234,8 +298,10 @@ def unpack_tensor(record: TensorRecord, name: str) -> torch.Tensor:
         content = bytearray(base64.b64decode(record.data, validate=True))
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype {record.dtype}")
+        if len(content) != math.prod(record.shape) * dtype.itemsize:
+            raise ValueError(f"{len(content)} bytes for {dtype} {record.shape}")
         if not content:
             return torch.empty(record.shape, dtype=dtype)
         return torch.frombuffer(content, dtype=dtype).reshape(record.shape)
-    except (ValueError, RuntimeError, binascii.Error) as error:
+    except (ValueError, RuntimeError, OverflowError, binascii.Error) as error:
         raise StateError(f"the manifest's tensor {name} does not add up: {error}") from error

@@ -11,14 +11,16 @@ from torch import nn
 
 from offload.calibrate import DriveProfile, cached_profile, profile_of
 from offload.chunk import Chunk
-from offload.commit import Commits, read_manifest
+from offload.commit import Commits
 from offload.engine import Engine
-from offload.errors import PolicyError, StorageError
+from offload.errors import PolicyError, StateError, StorageError
 from offload.io import Limits, choose_backend
-from offload.manifest import Manifest
+from offload.manifest import Manifest, encode
 from offload.plan import Plan
 from offload.policy import OffloadPolicy
-from offload.recovery import check_same_model, check_versions, homes_of
+from offload.recovery import check_homes, check_rest, check_same_model, homes_of
+from offload.runfiles import read_manifest
+from offload.runfolder import is_manifest
 from offload.slots import Slab
 from offload.store import ChunkStore
 from offload.swapfile import MANIFEST_NAME, RunFiles
@@ -29,20 +31,26 @@ logger = logging.getLogger("offload")
 RESUME = "resume"
 
 
-def manifest_to_restore(weights: str | Path | None, plan: Plan) -> Manifest | None:
+def manifest_to_restore(
+    weights: str | Path | None, plan: Plan, model: nn.Module
+) -> Manifest | None:
     """The manifest of a checkpoint that `weights` names, or None where it names none.
 
     Raises StorageError where it is broken, StateError for another model.
     """
-    if weights in (None, RESUME, "init") or not (Path(str(weights)) / MANIFEST_NAME).exists():
+    if weights in (None, RESUME, "init"):
+        return None
+    if not is_manifest(Path(str(weights)) / MANIFEST_NAME):
         return None
     manifest = read_manifest(Path(str(weights)))
-    check_same_model(manifest, plan.specs, plan.fmt, f"the checkpoint {weights}")
+    where = f"the {manifest.kind} in {weights}"
+    check_same_model(manifest, plan.specs, plan.fmt, where)
+    check_rest(manifest, model, where)
     return manifest
 
 
 def manifest_to_resume(
-    policy: OffloadPolicy, weights: str | Path | None, plan: Plan
+    policy: OffloadPolicy, weights: str | Path | None, plan: Plan, model: nn.Module
 ) -> Manifest | None:
     """The manifest of the run to go on with, or None where a new one begins.
 
@@ -56,12 +64,13 @@ def manifest_to_resume(
     manifest = read_manifest(nvme.paths[0])
     where = f"the run in {nvme.paths[0]}"
     check_same_model(manifest, plan.specs, plan.fmt, where)
-    check_versions(manifest, plan.specs, where)
+    check_homes(manifest, plan, where)
+    check_rest(manifest, model, where)
     if len(manifest.file_nbytes) != len(nvme.paths):
         raise PolicyError(
             f"tiers.nvme.paths names {len(nvme.paths)} folders, {where} has "
             f"{len(manifest.file_nbytes)}. Name them all, in the order of the run; to move to "
-            "other drives, start from a checkpoint of it (weights=<its folder>)."
+            "other drives, start from a checkpoint of it (`offload checkpoint`)."
         )
     return manifest
 
@@ -91,7 +100,7 @@ def open_engine(
             store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest))
         slab.populate()
         device.register(slab)
-        return Engine(
+        engine = Engine(
             plan,
             chunks,
             slab=slab,
@@ -109,6 +118,23 @@ def open_engine(
             store.close(keep=manifest is not None)
             store.remove_folders()
         slab.close()
+        raise
+    if manifest is not None and nvme is not None:
+        _check_unchanged(engine, manifest, nvme.paths[0])
+    return engine
+
+
+def _check_unchanged(engine: Engine, manifest: Manifest, folder: Path) -> None:
+    """The manifest was read before the locks were taken. Whoever held them may have committed and
+    ended in between, and have written over what the older manifest names.
+    """
+    try:
+        if encode(read_manifest(folder)) != encode(manifest):
+            raise StateError(
+                f"the run in {folder} was in use a moment ago, and committed. Start again."
+            )
+    except BaseException:
+        engine.close(keep=True)
         raise
 
 

@@ -12,12 +12,14 @@ from torch import nn
 
 from offload import io, materialise
 from offload.chunk import ChunkSpec
-from offload.commit import param_records_of, read_checksums
+from offload.commit import param_records_of
 from offload.engine import Engine
 from offload.errors import StateError
 from offload.formats import StateFormat
 from offload.homes import PlaneKey
 from offload.manifest import ChunkRecord, Manifest, pack_tensor, unpack_tensor
+from offload.plan import Plan
+from offload.runfiles import read_checksums
 from offload.store import ChunkStore, PlaneExtents
 
 
@@ -72,20 +74,44 @@ def _difference(record: ChunkRecord, spec: ChunkSpec, fmt: StateFormat) -> str:
     return ""
 
 
-def check_versions(manifest: Manifest, specs: Sequence[ChunkSpec], where: str) -> None:
-    """Raise StateError where training would write over what is committed: in a checkpoint, whose
-    planes have one extent. See [Note: two extents] in store.py.
-    """
-    single = [
-        spec.name
-        for spec, record in zip(specs, manifest.chunks, strict=True)
-        if spec.trainable and any(len(plane.extents) != 2 for plane in record.planes.values())
-    ]
-    if manifest.kind != "run" or single:
+def check_homes(manifest: Manifest, plan: Plan, where: str) -> None:
+    """Raise StateError where a run's files cannot be gone on with as they are under this plan."""
+    if manifest.kind != "run":
         raise StateError(
-            f"{where} is a checkpoint, and to train in it would destroy it. Start from it instead: "
-            "weights=<its folder>, with another folder in tiers.nvme.paths."
+            f"{where} is a checkpoint, and going on in it would write over it. Pass its folder as "
+            "weights=, and name another in tiers.nvme.paths."
         )
+    record = manifest.checksums
+    if plan.checksum_nbytes and (record is None or record.block_nbytes != plan.checksum_nbytes):
+        was = "without checksums" if record is None else f"in blocks of {record.block_nbytes}"
+        raise StateError(
+            f"{where} was written {was}, this policy wants blocks of {plan.checksum_nbytes}. Put "
+            "tiers.nvme.checksum, optimizer.tile_numel and tiers.cpu.budget back, or start from a "
+            "checkpoint of it (`offload checkpoint`)."
+        )
+    for index, plane, planes in manifest.planes():
+        spec = plan.specs[index]
+        if len(planes.extents) != plan.num_extents(spec, plane):
+            raise StateError(
+                f"{where} has {len(planes.extents)} versions of chunk {spec.name}, this run keeps "
+                f"{plan.num_extents(spec, plane)}. Freeze its parameters as the run began, or "
+                "start from a checkpoint of it (`offload checkpoint`)."
+            )
+
+
+def check_rest(manifest: Manifest, model: nn.Module, where: str) -> None:
+    """Raise StateError where the buffers or random states of a step cannot be this model's."""
+    buffers = dict(model.named_buffers())
+    for name, packed in manifest.buffers.items():
+        if name not in buffers or tuple(buffers[name].shape) != packed.shape:
+            has = f"of shape {tuple(buffers[name].shape)}" if name in buffers else "of that name"
+            raise StateError(
+                f"{where} has a buffer {name} of shape {packed.shape}, this model has none {has}. "
+                "Build the model as the run began."
+            )
+        unpack_tensor(packed, name)
+    for name, text in manifest.rng.items():
+        _random_state(name, text)
 
 
 def homes_of(manifest: Manifest) -> dict[PlaneKey, PlaneExtents]:
@@ -94,29 +120,17 @@ def homes_of(manifest: Manifest) -> dict[PlaneKey, PlaneExtents]:
 
 
 def load_checksums(store: ChunkStore, manifest: Manifest) -> None:
-    """Give the committed extents the checksums that they were committed with.
-
-    Raises StateError where the run was written with other blocks, or without checksums.
+    """Give the committed extents the checksums that they were committed with. Raises
+    StorageError.
     """
     record = manifest.checksums
-    if not store.checksum_nbytes:
+    if not store.checksum_nbytes or record is None:
         return
-    if record is None or record.block_nbytes != store.checksum_nbytes:
-        was = "without checksums" if record is None else f"in blocks of {record.block_nbytes}"
-        raise StateError(
-            f"the run in {store.paths[0]} was written {was}, this policy wants blocks of "
-            f"{store.checksum_nbytes}. Put tiers.nvme.checksum, optimizer.tile_numel and "
-            "tiers.cpu.budget back, or start from a checkpoint of it."
-        )
     entries, start = read_checksums(store.paths[0], record), 0
     for _, _, plane in manifest.planes():
         table = store.checksums(plane.restored().newest)
-        if start + len(table) > len(entries):
-            break
         table[:] = entries[start : start + len(table)]
         start += len(table)
-    if start != len(entries):
-        raise StateError(f"the checksums of the run in {store.paths[0]} are of other extents.")
 
 
 def adopt(engine: Engine, model: nn.Module, manifest: Manifest) -> Recovered:
@@ -139,19 +153,11 @@ def adopt_rest(engine: Engine, model: nn.Module, manifest: Manifest) -> Recovere
     """All of a committed step but its planes."""
     for chunk, record in zip(engine.chunks, manifest.chunks, strict=True):
         chunk.num_steps = list(record.num_steps)
-    values = {name: unpack_tensor(packed, name) for name, packed in manifest.buffers.items()}
-    buffers = dict(model.named_buffers())
-    for name, value in values.items():
-        if name not in buffers or buffers[name].shape != value.shape:
-            raise StateError(
-                f"the run has a buffer {name} {tuple(value.shape)}, this model has none of that "
-                "name and shape. Build the model as the run began."
-            )
     materialise.materialise_buffers(model)
     buffers = dict(model.named_buffers())
-    with torch.no_grad():
-        for name, value in values.items():
-            buffers[name].copy_(value)
+    for name, packed in manifest.buffers.items():
+        with torch.no_grad():
+            buffers[name].copy_(unpack_tensor(packed, name))
     set_random_states(manifest.rng)
     return Recovered(step=manifest.step, progress=manifest.progress)
 
@@ -169,18 +175,27 @@ def set_random_states(states: dict[str, str]) -> None:
     state.
     """
     for name, text in states.items():
-        try:
-            content = bytearray(base64.b64decode(text, validate=True))
-            state = torch.frombuffer(content, dtype=torch.uint8)
-            if name == "cpu":
-                torch.set_rng_state(state)
-            elif name == "cuda" and torch.cuda.is_available():
-                torch.cuda.set_rng_state(state)
-        except (ValueError, RuntimeError) as error:
-            raise StateError(
-                f"the manifest's random state of {name} is none that torch knows: {error} Use the "
-                "release of torch that wrote it, or start from a checkpoint."
-            ) from error
+        state = _random_state(name, text)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif name == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state)
+
+
+def _random_state(name: str, text: str) -> torch.Tensor:
+    """One of random_states. Raises StateError where no generator takes it."""
+    try:
+        state = torch.frombuffer(
+            bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8
+        )
+        if name == "cpu" or (name == "cuda" and torch.cuda.is_available()):
+            torch.Generator(name).set_state(state)
+        return state
+    except (ValueError, RuntimeError) as error:
+        raise StateError(
+            f"the manifest's random state of {name} is none that torch knows: {error} Use the "
+            "release of torch that wrote it, or start from a checkpoint."
+        ) from error
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Any]:

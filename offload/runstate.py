@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from offload.checkpoint import Checkpoint
 from offload.commit import Commits, StepRecord
 from offload.engine import Engine
 from offload.errors import StateError
-from offload.manifest import Manifest, WearRecord
+from offload.manifest import Manifest, WearRecord, pack_progress
 from offload.meter import WearMeter
 from offload.recovery import persistent_buffers, random_states
 from offload.wear import Writes
@@ -55,8 +54,9 @@ class RunState:
             raise StateError("commit() between backward() and step(): call it after step().")
         self._engine.flush()
         self._commits.settle()
-        if self._commits.last_step != self.num_steps:
-            self._commits.begin(self._record())
+        record = self._record()
+        if self._commits.is_behind(record):
+            self._commits.begin(record)
             self._commits.settle()
 
     def commit_last(self) -> None:
@@ -95,19 +95,13 @@ class RunState:
         return self._commits is not None and self._commits.is_durable
 
     def _record(self) -> StepRecord:
-        try:
-            progress = json.loads(json.dumps(self.progress))
-        except (TypeError, ValueError) as error:
-            raise StateError(
-                f"engine.progress cannot be kept with a commit: {error}. Use what JSON can hold."
-            ) from error
         wear = self.wear.expected()
         return StepRecord(
             step=self.num_steps,
             num_steps=tuple(tuple(chunk.num_steps) for chunk in self._engine.chunks),
             buffers=persistent_buffers(self._model),
             rng=random_states(self._engine.device.torch_device),
-            progress=progress,
+            progress=pack_progress(self.progress),
             wear=WearRecord.model_construct(total=wear.total, hours=wear.hours),
         )
 

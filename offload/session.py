@@ -82,8 +82,8 @@ class Session:
             self.plan = make_plan(
                 parts.specs, fmt, policy, host_compute=host, weights=path_weights(policy)
             )
-            manifest = manifest_to_resume(policy, weights, self.plan)
-            saved = manifest_to_restore(weights, self.plan)
+            manifest = manifest_to_resume(policy, weights, self.plan, model)
+            saved = manifest_to_restore(weights, self.plan, model)
             self._engine = open_engine(
                 policy, self.plan, parts.params, device=self.device, timeline=self.timeline,
                 poison=poison, manifest=manifest,

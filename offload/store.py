@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from offload import forks, io, swapfile
+from offload import forks, io, runfolder, swapfile
 from offload.errors import BudgetError, OffloadError, StateError, StorageError
 from offload.slots import Region, round_up
-from offload.swapfile import ALIGN_NBYTES, LOCK_NAME, MANIFEST_NAME, SWAP_NAME, RunFiles
+from offload.swapfile import ALIGN_NBYTES, LOCK_NAME, SWAP_NAME, RunFiles
 
 logger = logging.getLogger("offload")
 PlaneSegment = tuple[int, int, int, int]  # fd, offset, nbytes, address of its checksums or 0
@@ -266,7 +266,9 @@ class ChunkStore:
                 self._made += swapfile.make_folders(path)
                 self._locks.append(swapfile.lock(path))
             if not is_old:
-                self._refuse_committed()
+                runfolder.refuse_committed(self.paths)
+                runfolder.refuse_foreign(self.paths)
+                runfolder.remove_small_files(self.paths)  # of a run that died without a commit
             for index, path in enumerate(self.paths):
                 nbytes = max(self._file_nbytes[index], ALIGN_NBYTES)
                 self._fds.append(self._open_swap(index, path, nbytes))
@@ -274,16 +276,6 @@ class ChunkStore:
             self.close(keep=is_old)
             self.remove_folders()
             raise
-
-    def _refuse_committed(self) -> None:
-        """Raise StateError where a path holds a committed run. One that died in its first commit,
-        after it had marked the other paths, is none.
-        """
-        died = swapfile.run_without_manifest(self.paths[0])
-        for path in self.paths:
-            swapfile.refuse_committed(path, died=died)
-        for path in self.paths:
-            swapfile.remove_run_files(path)
 
     def remove_folders(self) -> None:
         """Remove the folders that open() made, where nothing has come into them: for a start that
@@ -378,20 +370,30 @@ class ChunkStore:
         except OSError:
             return True  # its drive is gone, and so is nobody else there
 
+    def trim(self) -> None:
+        """Give back what lies behind the last extent, such as gradients of an earlier plan. Raises
+        StorageError.
+        """
+        for fd, path, nbytes in zip(self._fds, self.paths, self._file_nbytes, strict=True):
+            try:
+                if os.fstat(fd).st_size > nbytes:
+                    os.ftruncate(fd, nbytes)
+            except OSError as error:
+                raise StorageError(
+                    error.errno or errno.EIO, "trimming", path=str(path / SWAP_NAME)
+                ) from error
+
     def close(self, *, keep: bool = False) -> None:
         """Give the locks back; remove the swap files, or keep a committed run. Idempotent; raises
         for no drive: one that is gone removes nothing, and what is open still closes.
 
-        The manifest goes first and the first path's swap file last: a run that is killed meanwhile
-        reads as one that died before its first commit, see _refuse_committed.
+        The order is that of [Note: members].
         """
-        removed = [] if keep else [i for i in range(len(self._fds)) if self._owns(i)]
-        if self.run is not None and 0 in removed:
-            swapfile.remove(self.paths[0] / MANIFEST_NAME)
+        owned = [] if keep else [i for i in range(len(self._fds)) if self._owns(i)]
+        if self.run is not None:
+            runfolder.remove_marks([self.paths[index] for index in owned])
         for index in reversed(range(len(self._fds))):
-            if index in removed:
-                if self.run is not None:
-                    swapfile.remove_run_files(self.paths[index])
+            if index in owned:
                 swapfile.remove_own(self._fds[index], self.paths[index] / SWAP_NAME)
             swapfile.close(self._fds[index])
         self._fds.clear()

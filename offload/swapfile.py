@@ -22,7 +22,8 @@ ALIGN_NBYTES = 4096
 SWAP_NAME = "offload.swap"
 LOCK_NAME = "offload.lock"
 MANIFEST_NAME = "manifest.json"
-CHECKSUM_NAMES = ("checksums.0", "checksums.1")  # they take turns, see [Note: commit]
+MANIFEST_MAGIC = b"offload-manifest"  # its first bytes: other programs have a manifest.json, too
+CHECKSUM_NAMES = ("offload.checksums.0", "offload.checksums.1")  # in turns, see [Note: commit]
 MEMBER_NAME = "offload.member"  # on the other paths of a committed run, beside its swap file
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 
@@ -154,6 +155,27 @@ def unlock(fd: int, path: Path) -> None:
     close(fd)
 
 
+@contextlib.contextmanager
+def locked(paths: Sequence[Path]) -> Iterator[None]:
+    """Hold the locks of folders that exist. Raises StateError where a run uses one of them."""
+    with contextlib.ExitStack() as stack:
+        for path in paths:
+            if not path.is_dir():
+                raise StorageError(
+                    errno.ENOENT, "opening", path=str(path), remedy="There is no such folder."
+                )
+            stack.callback(unlock, lock(path), path)
+        yield
+
+
+def free_nbytes(folder: Path) -> int:
+    """Free bytes of a folder's drive, for messages: 0 where it does not say."""
+    try:
+        return machine.free_nbytes(folder)
+    except OSError:
+        return 0
+
+
 def open_own(path: Path, flags: int) -> int:
     """Open a file of the run: no link, no pipe; to write it, the run's alone: no second name, and
     readable by nobody else from now on. Changes nothing in it. Raises OSError.
@@ -205,66 +227,9 @@ def _make_private(fd: int, path: Path) -> None:
         ) from error  # fmt: skip
 
 
-def refuse_committed(path: Path, *, died: str = "") -> None:
-    """Raise StateError where a run is committed in this folder: it is never wiped unasked.
-
-    `died` is a run that is known to have ended before its first commit was whole: its mark on the
-    folder means nothing.
-    """
-    if not lies_there(path / MANIFEST_NAME) and _marked_by(path) in ("", died):
-        return
-    raise StateError(
-        f"{path} holds a committed run. Pass weights='resume' to go on with it, name another "
-        "folder in tiers.nvme.paths, or remove it with `offload clean`."
-    )
-
-
-def _marked_by(path: Path) -> str:
-    """The run that has marked a folder as a part of it; empty where none has."""
-    name = path / MEMBER_NAME
-    if not lies_there(name):
-        return ""
-    with storage_errors("reading", name), open(open_own(name, os.O_RDONLY), "rb") as file:
-        return file.read(ALIGN_NBYTES).decode(errors="replace").split(" ")[0] or "unknown"
-
-
-def run_without_manifest(path: Path) -> str:
-    """The run whose swap file a folder holds, as its first path, without a manifest: it died before
-    its first commit. Empty where there is none.
-    """
-    if lies_there(path / MANIFEST_NAME):
-        return ""
-    try:
-        with open(open_own(path / SWAP_NAME, os.O_RDONLY), "rb") as file:
-            words = file.read(ALIGN_NBYTES).rstrip(b"\0").decode(errors="replace").split()
-    except OSError:
-        return ""
-    return words[2] if words[:2] == ["offload-swap", "1"] and words[3:] == ["0"] else ""
-
-
-def lies_there(path: Path) -> bool:
-    """Whether there is anything of this name. Raises StorageError where the drive does not say: a
-    run that cannot be read is not an absent one.
-    """
-    with storage_errors("looking for", path):
-        try:
-            os.lstat(path)
-        except FileNotFoundError:
-            return False
-    return True
-
-
-def remove_run_files(path: Path) -> None:
-    """Remove what a run leaves in a folder beside its swap file and lock. The manifest goes first:
-    without it the rest is of no run.
-    """
-    for name in (MANIFEST_NAME, MEMBER_NAME, *CHECKSUM_NAMES):
-        remove(path / name)
-        remove(path / f"{name}.new")
-
-
 def open_swap(folder: Path, nbytes: int, header: bytes | None, *, used_nbytes: int) -> int:
-    """Return a descriptor of the folder's swap file, `nbytes` long and all of it allocated. Whoever
+    """Return a descriptor of the folder's swap file, `nbytes` long or longer, and all of it
+    allocated. Whoever
     calls holds the folder's lock.
 
     A new file gets `header` as its first page. An old one, of which `used_nbytes` above 0 are in
@@ -283,7 +248,6 @@ def open_swap(folder: Path, nbytes: int, header: bytes | None, *, used_nbytes: i
         if header is not None:
             _check_old(fd, path, header, used_nbytes)
         _preallocate(fd, path, nbytes)
-        os.ftruncate(fd, nbytes)  # gradients of an earlier plan may have lain behind
     except BaseException as error:
         close(fd)
         if isinstance(error, StorageError) or not isinstance(error, OSError):
@@ -397,7 +361,8 @@ def _preallocate(fd: int, path: Path, nbytes: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         logger.warning("%s: this file system cannot preallocate, so a full disk shows late", path)
-        os.ftruncate(fd, nbytes)
+        if os.fstat(fd).st_size < nbytes:  # never cuts off what a committed run has there
+            os.ftruncate(fd, nbytes)
 
 
 def fallocate(fd: int, nbytes: int) -> None:
@@ -451,7 +416,7 @@ def _opening_error(error: OSError, path: Path, nbytes: int) -> StorageError:
 def _creation_error(error: OSError, path: Path, nbytes: int) -> StorageError:
     code = error.errno or errno.EIO
     if code == errno.ENOSPC:
-        free = machine.free_nbytes(path.parent)
+        free = free_nbytes(path.parent)
         remedy = (
             f"The run needs {nbytes} bytes there and {free} are free. Free space, name more or "
             "other "

@@ -15,8 +15,8 @@ from test_ends import ENTRY, begin, check_resumes, want
 
 import offload
 from offload import manifest
-from offload.commit import read_manifest
 from offload.errors import StateError
+from offload.runfiles import read_manifest
 from offload.swapfile import CHECKSUM_NAMES, MANIFEST_NAME, SWAP_NAME
 
 __all__ = ["want"]  # the fixture
@@ -120,7 +120,7 @@ def test_a_checkpoint_is_not_trained_in(nvme_dir: Path, want: dict[str, str]) ->
         train(engine, ENTRY, until=2)
         engine.checkpoint(saved)
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    with pytest.raises(StateError, match="is a checkpoint.*weights=<its folder>"):
+    with pytest.raises(StateError, match="is a checkpoint.*Pass its folder as weights="):
         start(ENTRY, policy_of(saved, ENTRY, "nvme"), "resume")
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     with start(ENTRY, policy_of(nvme_dir / "other", ENTRY, "nvme"), str(saved)) as engine:

@@ -23,7 +23,7 @@ from recorder import Call, CrashModel, Recording, Seeded, check_order, record
 from test_durability import policy_of, record_of, start, train
 from zoo import ZOO
 
-from offload.commit import read_checksums, read_manifest
+from offload.runfiles import read_checksums, read_manifest
 from offload.swapfile import LOCK_NAME, MANIFEST_NAME, SWAP_NAME
 
 pytestmark = [

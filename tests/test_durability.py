@@ -23,7 +23,7 @@ from parity import (
 from zoo import ZOO, ZooModel
 
 import offload
-from offload.commit import read_manifest
+from offload.runfiles import read_manifest
 from offload.swapfile import LOCK_NAME, MANIFEST_NAME, SWAP_NAME
 
 NUM_STEPS = 6

@@ -20,9 +20,10 @@ from test_durability import NUM_STEPS, policy_of, record_of, start, train, undis
 from zoo import ZOO
 
 from offload import commit, update
-from offload.commit import Commits, read_manifest
+from offload.commit import Commits
 from offload.engine import Engine
 from offload.errors import StateError, StorageError
+from offload.runfiles import read_manifest
 from offload.slots import Slab
 from offload.store import PlaneExtents
 from offload.swapfile import CHECKSUM_NAMES, LOCK_NAME, MANIFEST_NAME, SWAP_NAME

@@ -147,10 +147,10 @@ def test_a_manifest_that_cannot_be_looked_for_is_not_absent(
     assert (nvme_dir / MANIFEST_NAME).read_text() == "committed"
 
 
-def test_a_dangling_link_as_manifest_is_a_committed_run(nvme_dir: Path) -> None:
+def test_a_dangling_link_as_manifest_is_not_replaced(nvme_dir: Path) -> None:
     """Its drive is not mounted, perhaps."""
     (nvme_dir / MANIFEST_NAME).symlink_to(nvme_dir / "absent")
-    with pytest.raises(StateError, match="committed run"):
+    with pytest.raises(StateError, match="no manifest of a run"):
         make_store(nvme_dir).open(None)
     assert (nvme_dir / MANIFEST_NAME).is_symlink()
 
@@ -389,10 +389,10 @@ def test_a_listing_survives_a_run_that_ends_meanwhile(
     (nvme_dir / SWAP_NAME).write_bytes(bytes(8192))
     present = runs._present
 
-    def ends(folder: Path) -> list[str]:
+    def ends(folder: Path) -> dict[str, os.stat_result]:
         names = present(folder)
         (folder / SWAP_NAME).unlink()
         return names
 
     monkeypatch.setattr(runs, "_present", ends)
-    assert runs.inspect(nvme_dir).nbytes == 0
+    assert runs.inspect(nvme_dir).kind is runs.RunKind.ORPHAN

@@ -23,7 +23,7 @@ from zoo import ZOO
 
 import offload
 from offload import smart
-from offload.commit import read_manifest
+from offload.runfiles import read_manifest
 from offload.update import AdamWOp, PlaneArgument, pack_ops, written_pieces
 from offload.wear import DAY_S, WEAR_LIMIT, add
 
