@@ -121,10 +121,10 @@ class Checkpoint:
 
     def _next(self) -> Extent | None:
         with self._changed:
-            while self._wanted:
-                extent = self._wanted.popleft()
-                if extent in self._todo:
-                    return extent
+            while self._wanted and self._wanted[0] not in self._todo:
+                self._wanted.popleft()
+            if self._wanted:  # it stays there until it is copied: meanwhile nothing is throttled
+                return self._wanted[0]
             return next(iter(self._todo), None)
 
     def _copy(self, extent: Extent) -> None:

@@ -7,6 +7,7 @@ import fcntl
 import importlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -62,8 +63,15 @@ def loop_drive(
     """A new file system on a loop device over a sparse image."""
     with image.open("wb") as file:
         file.truncate(nbytes)
-    plain = ["-O", "^has_journal"] if file_system == "ext4" else []
-    call(f"mkfs.{file_system}", "-q", "-F", "-b", "4096", *plain, image)
+    options = {
+        "ext4": ["-F", "-b", "4096", "-O", "^has_journal"],
+        "xfs": ["-f", "-m", "reflink=1"],
+        "btrfs": ["-f"],
+    }
+    make = shutil.which(f"mkfs.{file_system}", path=f"{os.environ.get('PATH', '')}:/sbin:/usr/sbin")
+    if make is None:
+        pytest.skip(f"no mkfs.{file_system} here")
+    call(make, "-q", *options.get(file_system, ["-F", "-b", "4096"]), image)
     sectors = ["-b", str(sector_nbytes)]
     device = call("losetup", "-f", "--show", "--direct-io=on", *sectors, image)
     try:
