@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic_core
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from offload.errors import StateError, StorageError
 from offload.formats import FORMATS, Plane
@@ -27,7 +27,8 @@ from offload.swapfile import ALIGN_NBYTES, MANIFEST_MAGIC
 
 VERSION = 1
 MANIFEST_NBYTES_MAX = 256 << 20
-_NUM_LISTS_MAX = 16 << 20  # brackets: a parsed list takes 60 times the bytes of its two
+_NUM_LISTS_MAX = 2 << 20  # brackets: parsed, two bytes become a hundred
+_NUM_VALUES_MAX = 16 << 20  # commas and colons: what is parsed takes a gigabyte at most
 _HEAD_NBYTES_MAX = 128
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -36,8 +37,11 @@ Piece = tuple[Annotated[int, Field(ge=0, lt=64)], Count, Count]  # file, offset,
 
 
 class _Record(BaseModel):
-    # NaN and Inf as json.dumps has them: a loss among a user's progress may be one
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+    # NaN and Inf as json.dumps has them: a loss among a user's progress may be one;
+    # and no input in error texts: the text of a million lists takes gigabytes.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", ser_json_inf_nan="constants", hide_input_in_errors=True
+    )
 
 
 class PlaneRecord(_Record):
@@ -72,8 +76,8 @@ class ChunkRecord(_Record):
 
     name: Name
     numel: Annotated[int, Field(ge=1, le=2**50)]
-    params: tuple[ParamRecord, ...]
-    num_steps: tuple[Count, ...]
+    params: Annotated[tuple[ParamRecord, ...], FailFast()]
+    num_steps: Annotated[tuple[Count, ...], FailFast()]
     planes: dict[str, PlaneRecord]
 
 
@@ -109,7 +113,7 @@ class Manifest(_Record):
     state_format: Annotated[str, Field(max_length=32)]
     file_nbytes: tuple[Count, ...] = Field(min_length=1, max_length=64)
     checksums: ChecksumsRecord | None
-    chunks: tuple[ChunkRecord, ...]
+    chunks: Annotated[tuple[ChunkRecord, ...], FailFast()]  # a million errors are one, too
     buffers: dict[str, TensorRecord]
     rng: dict[str, str]
     progress: dict[str, Any]
@@ -213,10 +217,10 @@ def encode(manifest: Manifest) -> bytes:
     """
     body = manifest.model_dump_json().encode()
     head = b"%s %d %08x %d\n" % (MANIFEST_MAGIC, VERSION, zlib.crc32(body), len(body))
-    if len(head) + len(body) > MANIFEST_NBYTES_MAX:
+    if len(head) + len(body) > MANIFEST_NBYTES_MAX or _has_too_much(body):
         raise StateError(
-            f"the manifest would take {len(body)} bytes, and {MANIFEST_NBYTES_MAX} at most can be "
-            "read back. Keep less in engine.run.progress; register large buffers of the model with "
+            f"the manifest would take {len(body)} bytes, more or in more pieces than can be read "
+            "back. Keep less in engine.run.progress; register large buffers of the model with "
             "persistent=False."
         )
     return head + body
@@ -229,12 +233,17 @@ def decode(content: bytes, path: str) -> Manifest:
     anything that encode() cannot have written; `path` is for the message.
     """
     body = _checked_body(content, path)
-    if body.count(b"[") + body.count(b"{") > _NUM_LISTS_MAX:
-        raise _broken(path, "it has more lists than any run")
+    if _has_too_much(body):
+        raise _broken(path, "it has more in it than any run")
     try:
-        return Manifest.model_validate_json(body)
+        return Manifest.model_validate(pydantic_core.from_json(body))
     except (ValidationError, ValueError, RecursionError) as error:
         raise _broken(path, f"{type(error).__name__}: {str(error)[:300]}") from error
+
+
+def _has_too_much(body: bytes) -> bool:
+    num_lists, num_values = (sum(map(body.count, signs)) for signs in ((b"[", b"{"), (b",", b":")))
+    return num_lists > _NUM_LISTS_MAX or num_values > _NUM_VALUES_MAX
 
 
 def pack_progress(progress: dict[str, Any]) -> dict[str, Any]:
