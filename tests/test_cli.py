@@ -44,7 +44,7 @@ def test_openmp_threads_are_told_to_sleep_unless_the_user_says_otherwise() -> No
 def test_help_names_every_command() -> None:
     result = invoke("--help")
     assert result.exit_code == 0
-    for command in ("finetune", "plan", "doctor"):
+    for command in ("finetune", "plan", "doctor", "clean", "checkpoint", "export"):
         assert command in result.output
 
 

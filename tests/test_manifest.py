@@ -24,7 +24,15 @@ from offload.manifest import decode, encode, pack_progress, pack_tensor, unpack_
 from offload.swapfile import MANIFEST_NAME
 
 sys.path.insert(0, str(Path(__file__).with_name("fuzz")))
-from fuzz_manifest import check, hostile, mutate_tree, plain_loop, seal, sealed, valid_tree  # noqa: E402
+from fuzz_manifest import (  # noqa: E402
+    check,
+    hostile,
+    mutate_tree,
+    plain_loop,
+    seal,
+    sealed,
+    valid_tree,
+)
 
 ENTRY = ZOO["llama"]
 LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
