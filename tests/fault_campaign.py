@@ -175,7 +175,7 @@ class Campaign:
             time.sleep(1e-3)
         assert not native_threads() - threads, "a thread is left"
         assert not open_files() - files, f"files left open: {open_files() - files}"
-        left = [file.name for path in self.paths for file in path.iterdir()]
+        left = [file.name for path in self.paths for file in path.glob("*")]
         assert not left, f"files left behind: {left}"
 
     def _check_weights(self, model: nn.Module, error: offload.StorageError | None) -> None:
