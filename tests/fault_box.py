@@ -198,7 +198,7 @@ def leftovers(paths: list[str]) -> list[str]:
     found = []
     for path in map(Path, paths):
         try:
-            found += [file.name for file in path.glob("*")]
+            found += [file.name for file in path.iterdir()]
         except OSError as error:
             found.append(errno.errorcode[error.errno or 0])
     return sorted(name for name in found if name != "lost+found")
