@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 
 from offload.engine import Engine
 from offload.smart import read_smart
@@ -12,7 +13,7 @@ from offload.wear import DAY_S, WEAR_LIMIT, DriveWear, WearReport, Writes, decim
 logger = logging.getLogger("offload")
 BY_POLICY = "tiers.nvme.endurance states"
 BY_SMART = "its SMART log implies"
-SLICE_S = 0.2  # of a pause: updates and commits under way go on between
+SLICE_S = 0.2  # of a pause: hurry() is looked at in between
 
 
 class WearMeter:
@@ -26,6 +27,7 @@ class WearMeter:
         self._smart = [read_smart(path).log for path in paths]
         self._step = self._plan.written_by_drive()  # what the next one is expected to write
         self._own = Writes()  # of this process, to set against what SMART said at its start
+        self._noted = engine.stats.written_by_drive  # of the step under way; nothing yet
         self._num_steps = 0
         self._begin: Writes = self._own  # at the end of the first step: it moved the model in
         self._begin_s = self._last_end_s = 0.0
@@ -38,8 +40,8 @@ class WearMeter:
         written, now_s = self._engine.stats.last.written_by_drive, time.time()
         if not written:
             return
-        self.writes = self.writes.plus(written, now_s)
-        self._own = self._own.plus(written, now_s)
+        self._note(written)
+        self._noted = (0,) * len(written)
         self._num_steps += 1
         self._last_end_s = now_s
         if self._num_steps == 1:
@@ -47,33 +49,51 @@ class WearMeter:
         else:
             self._step = written
 
+    def _note(self, written: Sequence[int]) -> None:
+        """Book what the step under way has written by now, in so far as it is not booked yet."""
+        now_s = time.time()
+        new = [a - b for a, b in zip(written, self._noted, strict=True)]
+        self.writes, self._own = self.writes.plus(new, now_s), self._own.plus(new, now_s)
+        self._noted = tuple(written)
+
     def expected(self) -> Writes:
-        """The writes so far, and a step's beside them: updates and a commit are still to come, and
-        whoever goes on from here must not forget them. At most a step too much.
+        """The writes so far, and what pending updates and a commit are still to write: whoever goes
+        on from here must not forget them. Without the commit's own few files.
         """
-        return self.writes.plus(self._step, time.time()) if any(self._step) else self.writes
+        totals = [0] * len(self._noted)
+        for chunk in self._engine.chunks:
+            changes = chunk.spec.state_planes(self._plan.fmt) if chunk.update else chunk.unsaved
+            for plane in changes:
+                extents = chunk.extents.get(plane)
+                for index, _, nbytes in extents.target.pieces if extents is not None else ():
+                    totals[index] += nbytes
+        return self.writes.plus(totals, time.time()) if totals else self.writes
 
     def hurry(self) -> None:
         """End the pause under way, and wait no more: the run is about to end."""
         self._waits = False
 
-    def pause(self) -> None:
-        """Wait until the next step may be written, also before the first of this process. See
-        [Note: daily limit] in wear.py.
+    def pause(self, finish: Callable[[], None]) -> None:
+        """Wait until the next step may be written; call `finish` first, so that what is pending
+        does not wait, too. See [Note: daily limit] in wear.py.
         """
         limit = self._plan.max_writes_per_day
-        while limit is not None and self._waits:
-            now_s = time.time()
-            left_s = self.writes.pause_s(
-                self._step, limit, last_begin_s=self._last_begin_s, now_s=now_s
-            )
-            if left_s <= 0:
-                break
-            self._say(limit)
-            time.sleep(min(left_s, SLICE_S))
-            self._engine.stats.stalled(WEAR_LIMIT, time.time() - now_s)
-            self._engine.poll()
+        if limit is not None and self._left_s(limit) > 0:
+            finish()
+            while self._waits and (left_s := self._left_s(limit)) > 0:
+                self._say(limit)
+                start_s = time.time()
+                time.sleep(min(left_s, SLICE_S))
+                self._engine.stats.stalled(WEAR_LIMIT, time.time() - start_s)
         self._last_begin_s = time.time()
+
+    def _left_s(self, limit: int) -> float:
+        if not self._noted:
+            return 0.0
+        self._note(self._engine.stats.written_by_drive)
+        return self.expected().pause_s(
+            self._step, limit, last_begin_s=self._last_begin_s, now_s=time.time()
+        )
 
     def _say(self, limit: int) -> None:
         if not self._has_said:

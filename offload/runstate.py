@@ -39,7 +39,15 @@ class RunState:
         self.wear.end_step()
         if self._commits is not None and self.num_steps % self._engine.plan.commit_every == 0:
             self._commits.begin(self._record())
-        self.wear.pause()
+        self.pause()
+
+    def pause(self) -> None:
+        """Wait where tiers.nvme.max_writes_per_day says so, with all that has been done durable."""
+        self.wear.pause(self._finish_step)
+
+    def _finish_step(self) -> None:
+        self._engine.flush()
+        self.settle()
 
     def settle(self) -> None:
         """Wait for the commit under way."""

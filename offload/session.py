@@ -108,7 +108,7 @@ class Session:
         try:
             self._materialise(weights, saved)
             self._attach(parts)
-            self.run.wear.pause()  # an earlier process may have written all that a day allows
+            self.run.pause()  # an earlier process may have written all that a day allows
         except BaseException:
             self._abort(constructing=True)
             if self._engine.store is not None:

@@ -63,6 +63,11 @@ class StatsCounter:
         for drive, nbytes in enumerate(by_drive):
             self._written[drive] += nbytes
 
+    @property
+    def written_by_drive(self) -> tuple[int, ...]:
+        """Of the step under way, so far."""
+        return tuple(self._written)
+
     def stalled(self, cause: str, seconds: float) -> None:
         self._stall_s[cause] = self._stall_s.get(cause, 0.0) + seconds
 
