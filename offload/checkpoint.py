@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from offload import swapfile
 from offload.checkpointfile import CheckpointFile
 from offload.chunk import Chunk
 from offload.commit import StepRecord, manifest_of
@@ -107,6 +108,7 @@ class Checkpoint:
                     del self._todo[extent]
                     self._changed.notify_all()
             self._file.finish(self._manifest)
+            self._warn_of_room()
         except BaseException as error:
             self._error = error
             logger.warning("the checkpoint in %s failed: %s", self._file.folder, error)
@@ -118,6 +120,18 @@ class Checkpoint:
                     self._is_done = True
                     self._todo.clear()
                     self._changed.notify_all()
+
+    def _warn_of_room(self) -> None:
+        """Swap files are preallocated so that no drive fills up in training. What is shared has
+        lost that: it takes room when the run writes it next.
+        """
+        free = swapfile.free_nbytes(self._file.folder)
+        if free < self._file.num_cloned:
+            logger.warning(
+                "the checkpoint in %s shares %d bytes with the run, which takes as much room as it "
+                "writes them anew, and %d are free. Free space, or move the checkpoint to another "
+                "drive.", self._file.folder, self._file.num_cloned, free,
+            )  # fmt: skip
 
     def _next(self) -> Extent | None:
         with self._changed:

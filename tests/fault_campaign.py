@@ -103,12 +103,13 @@ class Campaign:
 
     def policy(self) -> dict[str, Any]:
         paths = [str(path) for path in self.paths]
+        changes = {} if self.checksum is None else {"tiers__nvme__checksum": self.checksum}
         return make_policy(
             self.directory,
             tiers__nvme__paths=paths,
-            tiers__nvme__checksum=self.checksum,
             optimizer__update=self.mode,
             **MODES[self.mode],
+            **changes,
         )
 
     @property

@@ -71,7 +71,7 @@ def test_a_failed_checkpoint_is_told_and_training_goes_on(
     torch.manual_seed(5)
     with start(ENTRY, policy) as engine:
         train(engine, ENTRY, until=2)
-        names = {"writing": "pwritev", "manifest": "rename"}
+        names = {"writing": "pwrite", "manifest": "rename"}
         with monkeypatch.context() as patch:
             patch.setattr(os, names.get(place, "fsync"), full)
             if place == "cleaning up":
@@ -315,6 +315,20 @@ def test_a_checkpoint_shares_the_bytes_of_its_run(tmp_path: Path, file_system: s
         for folder in (drive / "saved", tmp_path / "elsewhere"):
             other = policy_of(tmp_path / f"o-{folder.name}", ENTRY, "nvme", durability="off")
             assert continue_from(ENTRY, other, folder) == want
+
+
+def test_shared_bytes_without_room_for_them_are_told(
+    nvme_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with start(ENTRY, policy_of(nvme_dir / "run", ENTRY, "nvme")) as engine:
+        train(engine, ENTRY, until=1)
+        engine.checkpoint(nvme_dir / "first")
+        assert "shares" not in caplog.text
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpointfile.fcntl, "ioctl", lambda *_: None)
+            patch.setattr(swapfile, "free_nbytes", lambda folder: 0)
+            engine.checkpoint(nvme_dir / "second")
+    assert "bytes with the run" in caplog.text and "0 are free" in caplog.text
 
 
 def test_a_copy_says_nothing_of_sharing_where_there_is_none(

@@ -74,7 +74,6 @@ EDITS: dict[str, Edit] = {
     "a file that is not there": lambda t: first_plane(t)["extents"][0][0].__setitem__(0, 63),
     "a file behind all": lambda t: first_plane(t)["extents"][0][0].__setitem__(0, 2**70),
     "an overlap": lambda t: first_plane(t)["extents"].__setitem__(1, first_plane(t)["extents"][0]),
-    "pieces in another order": lambda t: first_plane(t)["extents"][0].reverse(),
     "a version that is not there": lambda t: first_plane(t).update(committed=2),
     "no version": lambda t: first_plane(t).update(extents=[]),
     "no weights": lambda t: t["chunks"][0]["planes"].pop("weight"),
