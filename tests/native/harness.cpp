@@ -59,7 +59,7 @@ std::unique_ptr<IoQueue> make_queue(Backend backend, unsigned depth, size_t bloc
                                     unsigned num_threads) {
   int error = 0;
   std::unique_ptr<IoQueue> queue =
-      IoQueue::create(backend, depth, block_nbytes, num_threads, &error);
+      IoQueue::create(backend, depth, block_nbytes, num_threads, &error, kPageNbytes);
   CHECK(queue != nullptr && error == 0);
   CHECK(std::strcmp(queue->backend_name(), name_of(backend)) == 0);
   return queue;

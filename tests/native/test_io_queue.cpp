@@ -34,12 +34,14 @@ IoCompletion move(IoQueue& queue, int op, const std::vector<IoSegment>& segments
   return rows[0];
 }
 
-// Cuts a region of a file and as much memory into segments of whole pages.
-std::vector<IoSegment> cut(Dice& dice, int fd, uint64_t offset, char* address, uint64_t nbytes) {
+// Cuts a region of a file and as much memory into segments of whole pages, each with a checksum.
+std::vector<IoSegment> cut(Dice& dice, int fd, uint64_t offset, char* address, uint64_t nbytes,
+                           uint32_t* checksums) {
   std::vector<IoSegment> segments;
   while (nbytes > 0) {
     const uint64_t piece = std::min(nbytes, (1 + roll(dice, 9)) * kPageNbytes);
-    segments.push_back({fd, offset, address, piece});
+    segments.push_back({fd, offset, address, piece, checksums});
+    checksums += piece / kPageNbytes;
     offset += piece;
     address += piece;
     nbytes -= piece;
@@ -73,12 +75,13 @@ void write_and_read(IoQueue& queue, const Ledger& ledger, const File& file, uint
                     uint64_t num_rounds) {
   Dice dice(index);
   const uint64_t offset = index * kRegionNbytes;
+  std::vector<uint32_t> checksums(kRegionNbytes / kPageNbytes);
   for (uint64_t round = 0; round < num_rounds; ++round) {
     Memory out(kRegionNbytes, index * 1000 + round);
     Memory in(kRegionNbytes);
     for (const int op : {kOpWrite, kOpRead}) {
       char* address = op == kOpWrite ? out.data() : in.data();
-      const auto segments = cut(dice, file.fd(), offset, address, kRegionNbytes);
+      const auto segments = cut(dice, file.fd(), offset, address, kRegionNbytes, checksums.data());
       const uint64_t tag = (index * num_rounds + round) * 2 + static_cast<uint64_t>(op);
       const int priority = static_cast<int>(roll(dice, 3));
       CHECK(queue.submit(op, tag, priority, segments.data(), segments.size()));
@@ -282,6 +285,26 @@ TEST(queue_lies_of_the_plan) {
       CHECK(move(*queue, kOpRead, whole).result == static_cast<int64_t>(kRegionNbytes));
       CHECK(!(memory == wanted));
     }
+    clear_fault_plan();
+  }
+}
+
+// The same with checksums: whoever reads what is wrong is told where.
+TEST(queue_finds_lies) {
+  const File file(kRegionNbytes);
+  const Memory before(kRegionNbytes, 1);
+  for (const FaultKind kind :
+       {FaultKind::kFlipWrite, FaultKind::kMisplace, FaultKind::kDrop, FaultKind::kFlipRead}) {
+    file.write(0, before);
+    Memory memory(kRegionNbytes, 2);
+    std::vector<uint32_t> checksums(kRegionNbytes / kPageNbytes);
+    const std::vector<IoSegment> whole = {
+        {file.fd(), 0, memory.data(), kRegionNbytes, checksums.data()}};
+    const auto queue = make_queue(Backend::kFaults);
+    set_fault_plan({{{kind, 2, 0.0}}, 7, 0.0});
+    CHECK(move(*queue, kOpWrite, whole).result == static_cast<int64_t>(kRegionNbytes));
+    const IoCompletion row = move(*queue, kOpRead, whole);
+    CHECK(row.result == -EBADMSG && row.fd == file.fd() && row.offset % kPageNbytes == 0);
     clear_fault_plan();
   }
 }

@@ -2,61 +2,41 @@
 // that the kernels give in memory.
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
+#include <cstring>
 #include <thread>
 #include <utility>
 
+#include "../../csrc/crc32c.h"
 #include "../../csrc/fault_ops.h"
 #include "../../csrc/update_pipeline.h"
 #include "harness.h"
+#include "planes.h"
 
 namespace offload::tests {
 
 namespace {
 
-constexpr uint64_t kTileNumel = kTileAlignNumel;
 constexpr unsigned kNumTiles = 3;
+constexpr uint64_t kChecksumNbytes = kPageNbytes;
+constexpr uint64_t kSmallTileNumel = kTileAlignNumel;  // not for int8
+constexpr uint64_t kLargeTileNumel = tile_align_numel(StateFormat::kInt8);
 constexpr uint64_t kTilesPerChunkMax = 4;
-constexpr uint64_t kChunkNbytes = kTilesPerChunkMax * kTileNumel * kTileItemNbytes;
 
-std::vector<UpdateOp> make_ops(Dice& dice, uint64_t numel, int64_t step) {
-  AdamwHyper hyper = {1e-2, 0.9, 0.999, 1e-8, 0.1, 0.5, step, roll(dice, 2) == 0};
-  std::vector<UpdateOp> ops;
-  for (uint64_t begin = roll(dice, 100); begin < numel;) {
-    const uint64_t end = std::min(numel, begin + 1 + roll(dice, numel));
-    ops.push_back({begin, end, make_adamw_scalars(hyper)});
-    begin = end + roll(dice, 3000);
-    hyper.lr *= 2;
-  }
-  return ops;
-}
-
-// Finite values for a plane: random bytes have NaNs, whose payloads are left open.
-Memory make_plane(Dice& dice, StateFormat format, int plane, uint64_t numel) {
-  const unsigned itemsize = plane_itemsize(format, plane);
-  Memory memory(numel * itemsize, dice());
-  for (uint64_t i = 0; i < numel; ++i) {
-    const double value = 1e-3 * static_cast<double>(1 + roll(dice, 2000));
-    const double sign = plane != kExpAvgSq && roll(dice, 2) == 0 ? -1.0 : 1.0;
-    const float single = static_cast<float>(sign * value);
-    if (itemsize == 4) {
-      *memory.as<float>(i) = single;
-    } else if (plane == kWeight || plane == kGrad) {
-      uint32_t bits;
-      std::memcpy(&bits, &single, sizeof bits);
-      *memory.as<uint16_t>(i) = static_cast<uint16_t>(bits >> 16);
-    }
-  }
-  return memory;
+constexpr uint64_t chunk_nbytes(uint64_t tile_numel) {
+  return kTilesPerChunkMax * tile_numel * kTileItemNbytes;
 }
 
 // One chunk: what its planes should hold, and where they are.
 class Chunk {
  public:
-  Chunk(const File& file, uint64_t begin, uint64_t seed)
+  Chunk(const File& file, uint64_t begin, uint64_t seed, uint64_t tile_numel)
       : file_(file),
         dice_(seed),
-        format_(seed % 2 == 0 ? StateFormat::kExact : StateFormat::kFp32),
-        numel_((1 + roll(dice_, kTilesPerChunkMax)) * kTileNumel) {
+        tile_numel_(tile_numel),
+        format_(kFormats[seed % (tile_numel == kLargeTileNumel ? 4 : 3)]),
+        numel_((1 + roll(dice_, tile_numel == kLargeTileNumel ? 2 : kTilesPerChunkMax)) *
+               tile_numel) {
     for (int i = 0; i < kNumPlanes; ++i) {
       wanted_.push_back(make_plane(dice_, format_, i, numel_));
       homes_.emplace_back(wanted_[i].nbytes());
@@ -67,6 +47,8 @@ class Chunk {
         std::memcpy(homes_[i].data(), wanted_[i].data(), wanted_[i].nbytes());
         file.write(offsets_[i], wanted_[i]);
       }
+      checksums_[i].resize(num_checksums(wanted_[i].nbytes(), kChecksumNbytes));
+      crc32c_blocks(wanted_[i].data(), wanted_[i].nbytes(), kChecksumNbytes, checksums_[i].data());
     }
   }
 
@@ -76,15 +58,15 @@ class Chunk {
     job.tag = tag;
     job.format = format_;
     job.numel = numel_;
-    job.ops = make_ops(dice_, numel_, ++num_steps_);
+    job.ops = make_ops(dice_, format_, numel_, ++num_steps_);
     char* planes[kNumPlanes] = {};
     for (int i = 0; i < kNumPlanes; ++i) {
-      if (plane_itemsize(format_, i) > 0) {
+      if (plane_layout(format_, i).item_nbytes > 0) {
         job.planes[i] = place(i);
         planes[i] = wanted_[i].data();
       }
     }
-    CHECK(validate_job(job).empty());
+    CHECK(validate_job(job, tile_numel_, kChecksumNbytes).empty());
     run_kernels(job, *portable_kernels(), 0, numel_, planes);
     return job;
   }
@@ -109,9 +91,11 @@ class Chunk {
     }
     // Two pieces, so that tiles cross from one to the other.
     const uint64_t nbytes = wanted_[i].nbytes();
-    const uint64_t first = nbytes / 2 / kPageNbytes * kPageNbytes;
-    plane.read = {{file_.fd(), offsets_[i], first},
-                  {file_.fd(), offsets_[i] + first, nbytes - first}};
+    const uint64_t first = nbytes / 2 / kChecksumNbytes * kChecksumNbytes;
+    uint32_t* const checksums = checksums_[i].data();
+    plane.read = {
+        {file_.fd(), offsets_[i], first, checksums},
+        {file_.fd(), offsets_[i] + first, nbytes - first, checksums + first / kChecksumNbytes}};
     plane.has_read = true;
     plane.has_write = i < kGrad;
     if (plane.has_write) {
@@ -122,19 +106,28 @@ class Chunk {
 
   const File& file_;
   Dice dice_;
+  const uint64_t tile_numel_;
   const StateFormat format_;
   const uint64_t numel_;
   int64_t num_steps_ = 0;
   std::vector<Memory> wanted_;
   std::vector<Memory> homes_;
+  std::vector<uint32_t> checksums_[kNumPlanes];
   bool in_memory_[kNumPlanes];
   uint64_t offsets_[kNumPlanes];
 };
 
 struct Worker {
-  explicit Worker(Backend backend) : buffer(update_buffer_nbytes(kNumTiles, kTileNumel)) {
-    const UpdateConfig config = {
-        backend, 8, 4 * kPageNbytes, kNumTiles, kTileNumel, buffer.data(), find_kernels("auto")};
+  Worker(Backend backend, uint64_t tile_numel)
+      : buffer(update_buffer_nbytes(kNumTiles, tile_numel)) {
+    const UpdateConfig config = {backend,
+                                 8,
+                                 4 * kPageNbytes,
+                                 kNumTiles,
+                                 tile_numel,
+                                 buffer.data(),
+                                 find_kernels("auto"),
+                                 kChecksumNbytes};
     int error = 0;
     pipeline = UpdatePipeline::create(config, &error);
     CHECK(pipeline != nullptr && error == 0);
@@ -144,21 +137,23 @@ struct Worker {
   std::unique_ptr<UpdatePipeline> pipeline;
 };
 
-std::vector<std::unique_ptr<Chunk>> make_chunks(const File& file, uint64_t count, uint64_t seed) {
+std::vector<std::unique_ptr<Chunk>> make_chunks(const File& file, uint64_t count, uint64_t seed,
+                                                uint64_t tile_numel) {
   std::vector<std::unique_ptr<Chunk>> chunks;
   for (uint64_t i = 0; i < count; ++i) {
-    chunks.push_back(std::make_unique<Chunk>(file, i * kChunkNbytes, seed + i));
+    chunks.push_back(
+        std::make_unique<Chunk>(file, i * chunk_nbytes(tile_numel), seed + i, tile_numel));
   }
   return chunks;
 }
 
 // Two threads submit several steps of the same chunks without waiting, two collect.
-void storm(Backend backend, uint64_t seed) {
+void storm(Backend backend, uint64_t seed, uint64_t tile_numel = kSmallTileNumel) {
   constexpr uint64_t kChunks = 4;
   constexpr uint64_t kSteps = 3;
-  const File file(kChunks * kChunkNbytes);
-  const auto chunks = make_chunks(file, kChunks, seed);
-  Worker worker(backend);
+  const File file(kChunks * chunk_nbytes(tile_numel));
+  const auto chunks = make_chunks(file, kChunks, seed, tile_numel);
+  Worker worker(backend, tile_numel);
   std::atomic<uint64_t> num_done{0};
   std::vector<std::thread> threads;
   for (uint64_t half = 0; half < 2; ++half) {
@@ -196,6 +191,7 @@ TEST(pipeline_storm) {
     for (uint64_t seed = 0; seed < 3; ++seed) {
       storm(backend, 10 * seed);
     }
+    storm(backend, 0, kLargeTileNumel);
   }
 }
 
@@ -204,9 +200,9 @@ TEST(pipeline_steps_of_one_chunk) {
   constexpr uint64_t kSteps = 6;
   for (const Backend backend : backends()) {
     for (uint64_t seed = 0; seed < 8; ++seed) {
-      const File file(kChunkNbytes);
-      const auto chunks = make_chunks(file, 1, seed);
-      Worker worker(backend);
+      const File file(chunk_nbytes(kSmallTileNumel));
+      const auto chunks = make_chunks(file, 1, seed, kSmallTileNumel);
+      Worker worker(backend, kSmallTileNumel);
       std::vector<UpdateJob> jobs;
       for (uint64_t step = 0; step < kSteps; ++step) {
         jobs.push_back(chunks[0]->next_job(step));
@@ -240,10 +236,10 @@ TEST(pipeline_storm_with_faults) {
 // One failure ends one job, once; the others come out right, and so does what follows.
 TEST(pipeline_survives_errors) {
   constexpr uint64_t kChunks = 3;
-  const File file((kChunks + 1) * kChunkNbytes);
+  const File file((kChunks + 1) * chunk_nbytes(kSmallTileNumel));
   for (uint64_t number = 1; number < 60; number += 4) {
-    const auto chunks = make_chunks(file, kChunks + 1, number);
-    Worker worker(Backend::kFaults);
+    const auto chunks = make_chunks(file, kChunks + 1, number, kSmallTileNumel);
+    Worker worker(Backend::kFaults, kSmallTileNumel);
     set_fault_plan({{{FaultKind::kEio, number, 0.0}}, 0, 0.0});
     for (uint64_t i = 0; i < kChunks; ++i) {
       CHECK(worker.pipeline->submit(chunks[i]->next_job(i)));
@@ -275,11 +271,43 @@ TEST(pipeline_survives_errors) {
   }
 }
 
+// Whatever the drive does to one write or one read, the job that reads it fails, and says where.
+TEST(pipeline_finds_lies) {
+  for (const FaultKind kind :
+       {FaultKind::kFlipRead, FaultKind::kFlipWrite, FaultKind::kDrop, FaultKind::kMisplace}) {
+    int num_found = 0;
+    for (uint64_t number = 1; number < 12; number += 3) {
+      const File file(chunk_nbytes(kSmallTileNumel));
+      const auto chunks = make_chunks(file, 1, number, kSmallTileNumel);
+      Worker worker(Backend::kFaults, kSmallTileNumel);
+      set_fault_plan({{{kind, number, 0.0}}, number, 0.0});
+      std::vector<UpdateCompletion> rows;
+      for (uint64_t step = 0; step < 2; ++step) {
+        CHECK(worker.pipeline->submit(chunks[0]->next_job(step)));
+      }
+      while (rows.size() < 2) {
+        worker.pipeline->wait(60.0, rows);
+      }
+      clear_fault_plan();
+      const uint64_t num_injected = fault_counts().num_injected[static_cast<int>(kind)];
+      bool has_failed = false;
+      for (const UpdateCompletion& row : rows) {
+        CHECK(row.result == 0 || (row.result == -EBADMSG && row.fd == file.fd()));
+        has_failed |= row.result != 0;
+      }
+      CHECK(has_failed || kind != FaultKind::kFlipRead || num_injected == 0);
+      num_found += has_failed;
+      worker.pipeline->close();
+    }
+    CHECK(num_found > 0);  // the other lies show where the second step reads them
+  }
+}
+
 // close() finishes what was taken, and only that, whoever is submitting or waiting.
 void close_under_fire(Backend backend, uint64_t seed) {
-  const File file(2 * kChunkNbytes);
-  auto chunks = make_chunks(file, 2, seed);
-  Worker worker(backend);
+  const File file(2 * chunk_nbytes(kSmallTileNumel));
+  auto chunks = make_chunks(file, 2, seed, kSmallTileNumel);
+  Worker worker(backend, kSmallTileNumel);
   std::atomic<int> num_submitted{0};
   std::vector<std::thread> threads;
   for (uint64_t i = 0; i < 2; ++i) {
@@ -317,10 +345,10 @@ TEST(pipeline_close_under_fire) {
 
 TEST(pipeline_dies_with_work_in_flight) {
   for (const Backend backend : backends()) {
-    const File file(2 * kChunkNbytes);
-    auto chunks = make_chunks(file, 2, 3);
+    const File file(2 * chunk_nbytes(kSmallTileNumel));
+    auto chunks = make_chunks(file, 2, 3, kSmallTileNumel);
     {
-      Worker worker(backend);
+      Worker worker(backend, kSmallTileNumel);
       for (int step = 0; step < 3; ++step) {
         for (uint64_t i = 0; i < 2; ++i) {
           CHECK(worker.pipeline->submit(chunks[i]->next_job(i)));
