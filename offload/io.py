@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from offload import _native
 from offload.errors import PolicyError
@@ -13,9 +14,11 @@ from offload.errors import PolicyError
 READ = _native.OP_READ
 WRITE = _native.OP_WRITE
 NUM_THREADS = 4
+DEPTH_MIN = 4
 DEMAND, PREFETCH, WRITE_BACK = 0, 1, 2  # priorities: what compute waits for goes first
 
 logger = logging.getLogger("offload")
+Native = TypeVar("Native")
 # fd, offset, address, nbytes, and where checksums are kept, the address of its first block's.
 Segment = tuple[int, int, int, int] | tuple[int, int, int, int, int]
 crc32c = _native.crc32c
@@ -37,6 +40,20 @@ DEFAULT_LIMITS = {  # for a drive that was not measured, see offload/calibrate.p
     "uring": Limits(depth=64, block_nbytes=512 << 10),
     "threads": Limits(depth=NUM_THREADS, block_nbytes=4 << 20),
 }
+
+
+def with_room(limits: Limits, make: Callable[[int, int], Native]) -> Native:
+    """make(depth, block_nbytes), with less depth where the kernel has no memory for that many: a
+    user without privileges may lock little, and rings count. Raises OSError below DEPTH_MIN.
+    """
+    depth = limits.depth
+    while True:
+        try:
+            return make(depth, limits.block_nbytes)
+        except OSError as error:
+            if error.errno != errno.ENOMEM or depth // 2 < DEPTH_MIN:
+                raise
+            depth //= 2
 
 
 def default_limits(backend: str) -> Limits:
@@ -67,9 +84,11 @@ class IoQueue:
     def __init__(
         self, backend: str, limits: Limits | None = None, *, checksum_nbytes: int = 0
     ) -> None:
-        limits = limits or default_limits(backend)
-        self._queue = _native.IoQueue(
-            backend, limits.depth, limits.block_nbytes, NUM_THREADS, checksum_nbytes
+        self._queue = with_room(
+            limits or default_limits(backend),
+            lambda depth, block_nbytes: _native.IoQueue(
+                backend, depth, block_nbytes, NUM_THREADS, checksum_nbytes
+            ),
         )
         self.backend = backend
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 
 from offload import _native
-from offload.io import Limits, default_limits
+from offload.io import Limits, default_limits, with_room
 from offload.slots import Region
 
 NUM_TILES = 12  # one computed, the others keep the drive busy both ways
@@ -183,17 +183,19 @@ class UpdatePipeline:
         checksum_nbytes: int = 0,
     ) -> None:
         self.tile_numel = tile_numel
-        limits = limits or default_limits(backend)
-        self._pipeline = _native.UpdatePipeline(
-            backend,
-            limits.depth,
-            limits.block_nbytes,
-            NUM_TILES,
-            tile_numel,
-            buffer.address,
-            buffer.nbytes,
-            "auto",
-            checksum_nbytes,
+        self._pipeline = with_room(
+            limits or default_limits(backend),
+            lambda depth, block_nbytes: _native.UpdatePipeline(
+                backend,
+                depth,
+                block_nbytes,
+                NUM_TILES,
+                tile_numel,
+                buffer.address,
+                buffer.nbytes,
+                "auto",
+                checksum_nbytes,
+            ),
         )
 
     def submit(

@@ -76,7 +76,7 @@ def rule_of(engine: Any, rule: dict[str, Any]) -> dict[str, Any]:
     if "plane" not in rule:
         return {"begin": 0, "end": 1 << 62, "times": 1 << 30, "name": "offload.swap", **rule}
     chunk = next(c for c in engine._engine.chunks if c.name == rule["chunk"])
-    ((_, begin, nbytes),) = chunk.extents[Plane(rule["plane"])].pieces
+    ((_, begin, nbytes),) = chunk.extents[Plane(rule["plane"])].newest.pieces
     place = {"begin": begin, "end": begin + nbytes, "name": "offload.swap"}
     return {"times": 1 << 30, **place, **rule}
 
