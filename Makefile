@@ -43,7 +43,7 @@ sanitize:
 
 check: $(VENV)/.dev
 	$(SAY) 'ruff'
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(SAY) 'mypy'
 	$(BIN)/mypy
 	$(SAY) 'clang-format'

@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ MANIFEST_NAME = "manifest.json"
 MANIFEST_MAGIC = b"offload-manifest"  # its first bytes: other programs have a manifest.json, too
 CHECKSUM_NAMES = ("offload.checksums.0", "offload.checksums.1")  # in turns, see [Note: commit]
 MEMBER_NAME = "offload.member"  # on the other paths of a committed run, beside its swap file
+LOOK_S = 0.3  # a look at a run, which holds its lock, is over long before
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 
 
@@ -106,14 +108,17 @@ def _lock_once(path: Path) -> int:
 
 
 def _flock(fd: int, path: Path) -> None:
-    for is_last in (False, False, True):  # who looks whether a run lives holds it for a moment
+    """Who looks whether a run lives holds the lock, too, for a moment: try again for a while."""
+    deadline = time.monotonic() + LOOK_S
+    while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError as error:
-            who = _holder(fd, path / LOCK_NAME)
-            if who or is_last:
+            if time.monotonic() > deadline:
+                who = _holder(fd, path / LOCK_NAME)
                 raise StateError(f"{path} is {who or _UNSEEN}") from error
+        time.sleep(0.001)
 
 
 _UNSEEN = (
