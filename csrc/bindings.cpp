@@ -118,6 +118,20 @@ void io_queue_dealloc(PyObject* self) {
   Py_DECREF(type);
 }
 
+}  // namespace
+
+IoQueue* io_queue_of(PyObject* object) {
+  // The type has no subclasses, so its way to die is its own.
+  void* const dealloc = PyType_GetSlot(Py_TYPE(object), Py_tp_dealloc);
+  if (dealloc != reinterpret_cast<void*>(io_queue_dealloc)) {
+    PyErr_SetString(PyExc_TypeError, "queue must be an IoQueue");
+    return nullptr;
+  }
+  return check_not_forked(maker_of(object)) ? &queue_of(object) : nullptr;
+}
+
+namespace {
+
 PyObject* io_queue_backend(PyObject* self, PyObject*) {
   return PyUnicode_FromString(queue_of(self).backend_name());
 }
@@ -319,7 +333,10 @@ int execute(PyObject* module) {
   PyRef type(PyType_FromModuleAndSpec(module, &io_queue_spec, nullptr));
   if (!type || PyModule_AddObjectRef(module, "IoQueue", type.get()) < 0 ||
       PyModule_AddIntConstant(module, "OP_READ", kOpRead) < 0 ||
-      PyModule_AddIntConstant(module, "OP_WRITE", kOpWrite) < 0) {
+      PyModule_AddIntConstant(module, "OP_WRITE", kOpWrite) < 0 ||
+      PyModule_AddIntConstant(module, "PRIORITY_DEMAND", kPriorityDemand) < 0 ||
+      PyModule_AddIntConstant(module, "PRIORITY_PREFETCH", kPriorityPrefetch) < 0 ||
+      PyModule_AddIntConstant(module, "PRIORITY_WRITE_BACK", kPriorityWriteBack) < 0) {
     return -1;
   }
   return offload_add_faults(module) < 0 ? -1 : offload_add_update(module);

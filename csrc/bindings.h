@@ -19,6 +19,10 @@ namespace offload {
 // False with ValueError set where there is no backend of this name.
 bool parse_backend(const char* name, Backend* backend);
 
+// The queue of a Python IoQueue that lives in this process; null with TypeError or RuntimeError
+// set.
+IoQueue* io_queue_of(PyObject* object);
+
 // A forked child has the memory of its parent's queues and none of their threads, and one of these
 // may have held a lock as it was forked. There nothing is used, joined or freed.
 inline bool is_forked(pid_t maker) { return maker != getpid(); }

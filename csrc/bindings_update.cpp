@@ -22,6 +22,7 @@ using Completions = std::vector<UpdateCompletion>;
 constexpr double kSignalSeconds = 0.2;  // how long Ctrl-C may have to wait for wait()
 struct UpdatePipelineObject {
   PyObject_HEAD UpdatePipeline* pipeline;
+  PyObject* queue;
   pid_t maker;
 };
 
@@ -109,25 +110,19 @@ bool parse_planes(PyObject* object, UpdateJob* job) {
   return true;
 }
 
-bool parse_config(PyObject* args, PyObject* kwargs, UpdateConfig* config) {
-  static const char* names[] = {"backend",         "depth",          "block_nbytes",  "num_tiles",
-                                "tile_numel",      "buffer_address", "buffer_nbytes", "isa",
-                                "checksum_nbytes", nullptr};
-  const char* backend = nullptr;
+bool parse_config(PyObject* args, PyObject* kwargs, UpdateConfig* config, PyObject** queue) {
+  static const char* names[] = {"queue",         "num_tiles", "tile_numel",      "buffer_address",
+                                "buffer_nbytes", "isa",       "checksum_nbytes", nullptr};
   const char* isa = nullptr;
-  uint64_t depth = 0, block_nbytes = 0, num_tiles = 0, address = 0, nbytes = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO&O&O&O&O&O&s|O&:UpdatePipeline",
-                                   const_cast<char**>(names), &backend, convert_u64, &depth,
-                                   convert_u64, &block_nbytes, convert_u64, &num_tiles, convert_u64,
-                                   &config->tile_numel, convert_u64, &address, convert_u64, &nbytes,
-                                   &isa, convert_u64, &config->checksum_nbytes)) {
+  uint64_t num_tiles = 0, address = 0, nbytes = 0;
+  if (!PyArg_ParseTupleAndKeywords(
+          args, kwargs, "OO&O&O&O&s|O&:UpdatePipeline", const_cast<char**>(names), queue,
+          convert_u64, &num_tiles, convert_u64, &config->tile_numel, convert_u64, &address,
+          convert_u64, &nbytes, &isa, convert_u64, &config->checksum_nbytes)) {
     return false;
   }
-  if (!parse_backend(backend, &config->backend) ||
-      !check(depth >= 1 && depth <= kDepthMax, "depth is out of range") ||
-      !check(block_nbytes >= kPageNbytes && block_nbytes <= kBlockNbytesMax &&
-                 block_nbytes % kPageNbytes == 0,
-             "block_nbytes is out of range or not a multiple of 4096") ||
+  config->queue = io_queue_of(*queue);
+  if (config->queue == nullptr ||
       !check(num_tiles >= 1 && num_tiles <= kTilesMax, "num_tiles is out of range") ||
       !check(config->tile_numel >= kTileAlignNumel && config->tile_numel <= kTileNumelMax &&
                  config->tile_numel % kTileAlignNumel == 0,
@@ -141,8 +136,6 @@ bool parse_config(PyObject* args, PyObject* kwargs, UpdateConfig* config) {
              "the buffer is smaller than update_buffer_nbytes(num_tiles, tile_numel)")) {
     return false;
   }
-  config->depth = static_cast<unsigned>(depth);
-  config->block_nbytes = block_nbytes;
   config->num_tiles = static_cast<unsigned>(num_tiles);
   config->buffer = pointer<char>(address);
   config->kernels = parse_isa(isa);
@@ -150,8 +143,9 @@ bool parse_config(PyObject* args, PyObject* kwargs, UpdateConfig* config) {
 }
 
 PyObject* pipeline_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  UpdateConfig config;
-  if (!parse_config(args, kwargs, &config)) {
+  UpdateConfig config = {};
+  PyObject* queue = nullptr;
+  if (!parse_config(args, kwargs, &config, &queue)) {
     return nullptr;
   }
   int error = 0;
@@ -168,6 +162,7 @@ PyObject* pipeline_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   PyObject* self = allocate(type, 0);
   if (self) {
     reinterpret_cast<UpdatePipelineObject*>(self)->pipeline = pipeline.release();
+    reinterpret_cast<UpdatePipelineObject*>(self)->queue = Py_NewRef(queue);
     reinterpret_cast<UpdatePipelineObject*>(self)->maker = getpid();
   }
   return self;
@@ -179,6 +174,7 @@ void pipeline_dealloc(PyObject* self) {
     GilRelease released;
     delete pipeline;
   }
+  Py_XDECREF(reinterpret_cast<UpdatePipelineObject*>(self)->queue);  // behind its last transfer
   PyTypeObject* type = Py_TYPE(self);
   reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(self);
   Py_DECREF(type);

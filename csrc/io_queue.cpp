@@ -51,6 +51,7 @@ struct IoQueue::Transfer {
   int error_fd = -1;
   uint64_t error_offset = 0;
   Clock::time_point submitted;
+  IoMailbox* mailbox = nullptr;
   std::list<Transfer>::iterator self;
 };
 
@@ -80,12 +81,13 @@ IoQueue::IoQueue(size_t block_nbytes) : block_nbytes_(block_nbytes) {}
 IoQueue::~IoQueue() { CHECK(joined_); }
 
 bool IoQueue::submit(int op, uint64_t tag, int priority, const IoSegment* segments,
-                     size_t num_segments) {
+                     size_t num_segments, IoMailbox* mailbox) {
   CHECK(op == kOpRead || op == kOpWrite);
   Transfer transfer;
   transfer.op = op;
   transfer.tag = tag;
   transfer.priority = priority;
+  transfer.mailbox = &box(mailbox);
   transfer.submitted = Clock::now();
   std::copy_if(std::make_reverse_iterator(segments + num_segments),
                std::make_reverse_iterator(segments), std::back_inserter(transfer.unstarted),
@@ -111,28 +113,27 @@ bool IoQueue::submit(int op, uint64_t tag, int priority, const IoSegment* segmen
   return true;
 }
 
-size_t IoQueue::poll(std::vector<IoCompletion>& completions) {
+size_t IoQueue::poll(std::vector<IoCompletion>& completions, IoMailbox* mailbox) {
   std::lock_guard<std::mutex> lock(mutex_);
-  return collect(completions);
+  return collect(box(mailbox), completions);
 }
 
-size_t IoQueue::wait(double timeout_s, std::vector<IoCompletion>& completions) {
+size_t IoQueue::wait(double timeout_s, std::vector<IoCompletion>& completions, IoMailbox* mailbox) {
+  IoMailbox& own = box(mailbox);
   const double sleep_s = timeout_s > 0 ? std::min(timeout_s, kWaitSecondsMax) : 0.0;
   std::unique_lock<std::mutex> lock(mutex_);
   if (sleep_s > 0) {  // a timed wait of no time still costs a timer; and it must not eat the wake
-    completed_.wait_for(lock, std::chrono::duration<double>(sleep_s),
-                        [this] { return !completions_.empty() || wake_waiter_ || joined_; });
-    wake_waiter_ = false;
+    own.arrived.wait_for(lock, std::chrono::duration<double>(sleep_s),
+                         [this, &own] { return !own.completions.empty() || own.wake || joined_; });
+    own.wake = false;
   }
-  return collect(completions);
+  return collect(own, completions);
 }
 
-void IoQueue::wake_waiter() {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    wake_waiter_ = true;
-  }
-  completed_.notify_all();
+void IoQueue::wake_waiter(IoMailbox* mailbox) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  box(mailbox).wake = true;
+  box(mailbox).arrived.notify_all();
 }
 
 IoStats IoQueue::stats() const {
@@ -160,10 +161,10 @@ void IoQueue::close() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     CHECK(transfers_.empty() && ready_.empty());
-    completions_.clear();
+    own_mailbox_.completions.clear();
     joined_ = true;
   }
-  completed_.notify_all();
+  own_mailbox_.arrived.notify_all();
 }
 
 bool IoQueue::has_unstarted() const { return !ready_.empty(); }
@@ -317,15 +318,15 @@ void IoQueue::complete(Transfer* transfer) {
   completion.fd = transfer->error_fd;
   completion.offset = transfer->error_offset;
   completion.seconds = elapsed.count();
-  completions_.push_back(completion);
+  transfer->mailbox->completions.push_back(completion);
+  transfer->mailbox->arrived.notify_all();
   transfers_.erase(transfer->self);
-  completed_.notify_all();
 }
 
-size_t IoQueue::collect(std::vector<IoCompletion>& completions) {
-  const size_t num_collected = completions_.size();
-  completions.insert(completions.end(), completions_.begin(), completions_.end());
-  completions_.clear();
+size_t IoQueue::collect(IoMailbox& mailbox, std::vector<IoCompletion>& completions) {
+  const size_t num_collected = mailbox.completions.size();
+  completions.insert(completions.end(), mailbox.completions.begin(), mailbox.completions.end());
+  mailbox.completions.clear();
   return num_collected;
 }
 

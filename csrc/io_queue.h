@@ -30,6 +30,10 @@ constexpr int kOpRead = 0;
 constexpr int kOpWrite = 1;
 
 constexpr uint64_t kPageNbytes = 4096;
+constexpr int kPriorityDemand = 0;    // compute waits for it
+constexpr int kPriorityPrefetch = 1;  // compute will wait for it
+constexpr int kPriorityWriteBack = 2;
+
 constexpr unsigned kDepthMax = 4096;
 constexpr unsigned kThreadsMax = 256;
 constexpr size_t kBlockNbytesMax = size_t{1} << 30;  // one system call moves less than 2 GiB
@@ -61,6 +65,14 @@ struct IoStats {
   uint64_t num_in_flight = 0;  // transfers submitted and not completed
 };
 
+// Where a caller's completions arrive. Several callers share a queue, so that what is urgent for
+// one overtakes what is not for another. Guarded by the queue's mutex.
+struct IoMailbox {
+  std::vector<IoCompletion> completions;
+  std::condition_variable arrived;
+  bool wake = false;
+};
+
 class IoQueue {
  public:
   // Returns null and sets *error to an errno when the backend cannot start. block_nbytes must be
@@ -78,26 +90,30 @@ class IoQueue {
   // checksums begins where a checksum block does, and ends there or at the end of its piece: a
   // write stores the checksums before the bytes leave, a read whose bytes have others fails with
   // EBADMSG and the offset of the first such block that was noticed.
+  // It completes in `mailbox`, which must live until then; null stands for the queue's own.
   // All functions here may be called from any thread.
-  bool submit(int op, uint64_t tag, int priority, const IoSegment* segments, size_t num_segments);
+  bool submit(int op, uint64_t tag, int priority, const IoSegment* segments, size_t num_segments,
+              IoMailbox* mailbox = nullptr);
 
   // Appends the completions that are there and returns how many.
-  size_t poll(std::vector<IoCompletion>& completions);
+  size_t poll(std::vector<IoCompletion>& completions, IoMailbox* mailbox = nullptr);
 
   // Like poll, but sleeps until there is at least one, the timeout is over, wake_waiter() was
-  // called, or the queue is closed.
-  size_t wait(double timeout_s, std::vector<IoCompletion>& completions);
+  // called, or the queue is closed. One caller at a time for each mailbox.
+  size_t wait(double timeout_s, std::vector<IoCompletion>& completions,
+              IoMailbox* mailbox = nullptr);
 
-  // Makes the current, or else the next, wait() that sleeps return early.
-  void wake_waiter();
+  // Makes the current, or else the next, wait() that sleeps on the mailbox return early.
+  void wake_waiter(IoMailbox* mailbox = nullptr);
 
   IoStats stats() const;
   bool is_closed() const;
   uint64_t checksum_nbytes() const { return checksum_nbytes_; }
   virtual const char* backend_name() const = 0;
 
-  // Finishes everything submitted, because the caller's buffers are in use until then; joins the
-  // threads and discards completions nobody collected. Calling it again is a no-op.
+  // Finishes everything submitted, because the callers' buffers are in use until then; joins the
+  // threads and discards completions nobody collected from its own mailbox. Calling it again is a
+  // no-op.
   void close();
 
  protected:
@@ -148,18 +164,17 @@ class IoQueue {
   void fail(Transfer* transfer, const Block& block, int error);
   void drop_unstarted(Transfer* transfer);
   void complete(Transfer* transfer);
-  size_t collect(std::vector<IoCompletion>& completions);
+  static size_t collect(IoMailbox& mailbox, std::vector<IoCompletion>& completions);
+  IoMailbox& box(IoMailbox* mailbox) { return mailbox ? *mailbox : own_mailbox_; }
 
   const size_t block_nbytes_;
   uint64_t checksum_nbytes_ = 0;  // set before the first submit
   std::mutex close_mutex_;
-  std::condition_variable completed_;
   // All below guarded by mutex_.
   std::list<Transfer> transfers_;
   std::map<int, std::deque<Transfer*>> ready_;  // priority -> transfers with unstarted blocks
-  std::vector<IoCompletion> completions_;
+  IoMailbox own_mailbox_;
   IoStats stats_;
-  bool wake_waiter_ = false;
   bool joined_ = false;
 };
 

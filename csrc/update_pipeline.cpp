@@ -11,10 +11,7 @@
 namespace offload {
 namespace {
 
-constexpr unsigned kIoThreads = 4;  // of the pread/pwrite backend
 constexpr double kWaitSecondsMax = 86400.0 * 365;
-constexpr int kPriority =
-    0;  // one for all: a tile's write frees the memory that the next read needs
 
 }  // namespace
 
@@ -27,12 +24,7 @@ std::unique_ptr<UpdatePipeline> UpdatePipeline::create(const UpdateConfig& confi
   CHECK(config.tile_numel >= kTileAlignNumel && config.tile_numel <= kTileNumelMax);
   CHECK(config.tile_numel % kTileAlignNumel == 0);
   CHECK(config.checksum_nbytes % kPageNbytes == 0);
-  std::unique_ptr<IoQueue> queue =
-      IoQueue::create(config.backend, config.depth, config.block_nbytes, kIoThreads, error);
-  if (!queue) {
-    return nullptr;
-  }
-  std::unique_ptr<UpdatePipeline> pipeline(new UpdatePipeline(config, std::move(queue)));
+  std::unique_ptr<UpdatePipeline> pipeline(new UpdatePipeline(config));
   try {
     pipeline->worker_ = start_thread("offload-update", [p = pipeline.get()] { p->run(); });
   } catch (const std::system_error& failure) {
@@ -42,8 +34,8 @@ std::unique_ptr<UpdatePipeline> UpdatePipeline::create(const UpdateConfig& confi
   return pipeline;
 }
 
-UpdatePipeline::UpdatePipeline(const UpdateConfig& config, std::unique_ptr<IoQueue> queue)
-    : config_(config), queue_(std::move(queue)), tiles_(config.num_tiles) {
+UpdatePipeline::UpdatePipeline(const UpdateConfig& config)
+    : config_(config), queue_(*config.queue), tiles_(config.num_tiles) {
   for (unsigned i = 0; i < config.num_tiles; ++i) {
     tiles_[i].buffer = config.buffer + update_buffer_nbytes(i, config.tile_numel);
   }
@@ -65,7 +57,8 @@ bool UpdatePipeline::submit(UpdateJob job) {
     inbox_.push_back(std::move(running));
   }
   submitted_.notify_one();
-  queue_->wake_waiter();  // the worker may sleep there although it has tiles free for this job
+  queue_.wake_waiter(
+      &mailbox_);  // the worker may sleep there although it has tiles free for this job
   return true;
 }
 
@@ -101,7 +94,6 @@ void UpdatePipeline::close() {
   if (worker_.joinable()) {
     worker_.join();
   }
-  queue_->close();
   {
     std::lock_guard<std::mutex> lock(mutex_);
     joined_ = true;
@@ -220,7 +212,9 @@ void UpdatePipeline::start_transfer(Tile& tile, int op) {
     finish_transfer({tag, 0, -1, 0, 0.0});
     return;
   }
-  CHECK(queue_->submit(op, tag, kPriority, segments_.data(), segments_.size()));
+  if (!queue_.submit(op, tag, kPriorityWriteBack, segments_.data(), segments_.size(), &mailbox_)) {
+    finish_transfer({tag, -ECANCELED, segments_[0].fd, segments_[0].offset, 0.0});
+  }
 }
 
 UpdatePipeline::Tile* UpdatePipeline::oldest_ready() {
@@ -326,7 +320,7 @@ bool UpdatePipeline::has_tiles_in_flight() const {
 // Takes completions, sleeping up to timeout_s for the first; submit() can end the sleep, too.
 void UpdatePipeline::reap(double timeout_s) {
   io_completions_.clear();
-  queue_->wait(timeout_s, io_completions_);
+  queue_.wait(timeout_s, io_completions_, &mailbox_);
   for (const IoCompletion& completion : io_completions_) {
     CHECK(completion.tag < tiles_.size());
     finish_transfer(completion);

@@ -10,6 +10,10 @@
 // in flight, unless both touch the same bytes: then the next waits until this one is done. Jobs
 // therefore can complete out of order.
 //
+// All of it waits behind what is urgent in the queue: reads that compute waits for, or will. Within
+// the job reads and writes are equals, for a tile's write frees the memory that the next read
+// needs.
+//
 // The first error of a job ends it: nothing new is started for it, what is in flight is awaited,
 // and it completes once. Its planes are then part old and part new, so the caller must not use
 // them.
@@ -51,9 +55,7 @@ struct UpdateCompletion {
 };
 
 struct UpdateConfig {
-  Backend backend;
-  unsigned depth;
-  size_t block_nbytes;
+  IoQueue* queue;  // shared with other callers; outlives the pipeline
   unsigned num_tiles;
   uint64_t tile_numel;
   char* buffer;  // update_buffer_nbytes of it, on a 4 KiB boundary, lent until close()
@@ -65,7 +67,7 @@ uint64_t update_buffer_nbytes(unsigned num_tiles, uint64_t tile_numel);
 
 class UpdatePipeline {
  public:
-  // Null and *error set to an errno when the I/O backend cannot start.
+  // Null and *error set to an errno when the system has no thread to give.
   static std::unique_ptr<UpdatePipeline> create(const UpdateConfig& config, int* error);
   ~UpdatePipeline();
   UpdatePipeline(const UpdatePipeline&) = delete;
@@ -123,7 +125,7 @@ class UpdatePipeline {
     uint32_t checksum;
   };
 
-  UpdatePipeline(const UpdateConfig& config, std::unique_ptr<IoQueue> queue);
+  explicit UpdatePipeline(const UpdateConfig& config);
 
   void run();
   bool admit_jobs();
@@ -147,7 +149,8 @@ class UpdatePipeline {
   void retire_jobs();
 
   const UpdateConfig config_;
-  const std::unique_ptr<IoQueue> queue_;
+  IoQueue& queue_;
+  IoMailbox mailbox_;
 
   // The worker's own; nobody else touches them.
   std::deque<std::unique_ptr<Running>> running_;

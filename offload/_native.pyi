@@ -9,6 +9,9 @@ from typing import Final, TypeAlias, final
 
 OP_READ: Final = 0
 OP_WRITE: Final = 1
+PRIORITY_DEMAND: Final = 0
+PRIORITY_PREFETCH: Final = 1
+PRIORITY_WRITE_BACK: Final = 2
 
 @final
 class IoQueue:
@@ -118,16 +121,16 @@ class UpdatePipeline:
 
     The `buffer_nbytes` at `buffer_address` hold the tiles, at least
     update_buffer_nbytes(num_tiles, tile_numel) of them; `tile_numel` is a multiple of 4096;
-    `isa` is "auto", "portable", "avx2" or "avx512". The other arguments are IoQueue's; tiles and
-    pieces with checksums begin on borders of checksum blocks, in every plane.
-    Raises OSError where the I/O backend cannot start, ValueError for an argument out of range.
+    `isa` is "auto", "portable", "avx2" or "avx512". Transfers go through `queue` with
+    PRIORITY_WRITE_BACK, and their completions do not show there. `checksum_nbytes` is as in
+    IoQueue; tiles and pieces with checksums begin on borders of checksum blocks, in every plane.
+    Raises OSError where no thread can start, ValueError for an argument out of range. Close it
+    before its queue: what a closed queue refuses fails with ECANCELED.
     """
 
     def __new__(
         cls,
-        backend: str,
-        depth: int,
-        block_nbytes: int,
+        queue: IoQueue,
         num_tiles: int,
         tile_numel: int,
         buffer_address: int,

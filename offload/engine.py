@@ -89,14 +89,13 @@ class Engine:
         self.after_poll: Callable[[], None] = _nothing  # and goes on when something has finished
         self.before_overwrite: Callable[[Extent], None] = _nothing  # a checkpoint may need it
         checksum_nbytes = store.checksum_nbytes if store else 0
-        queue = IoQueue(backend, limits, checksum_nbytes=checksum_nbytes) if store else None
+        queue = IoQueue(backend, limits, checksum_nbytes=checksum_nbytes)
         try:
             pipeline = UpdatePipeline(
-                backend, plan.tile_numel, tiles, limits, checksum_nbytes=checksum_nbytes
+                queue, plan.tile_numel, tiles, checksum_nbytes=checksum_nbytes
             )
         except BaseException:
-            if queue is not None:
-                queue.close()
+            queue.close()
             raise
         self._flight = InFlight(queue, pipeline, timeline, store)
 

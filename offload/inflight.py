@@ -27,7 +27,7 @@ class InFlight:
 
     def __init__(
         self,
-        queue: IoQueue | None,
+        queue: IoQueue,
         pipeline: UpdatePipeline,
         timeline: Timeline,
         store: ChunkStore | None = None,
@@ -91,8 +91,6 @@ class InFlight:
         """Start an NVMe transfer; `finish(result, fd, offset)` runs when its completion is
         collected.
         """
-        if self._queue is None:
-            raise StateError(f"chunk {chunk}: there is no NVMe tier.")
         nbytes = sum(segment[3] for segment in segments)
         written: tuple[int, ...] = ()
         if op == WRITE and self._store is not None:
@@ -205,8 +203,7 @@ class InFlight:
             self.drain()
         finally:  # an interrupted drain, too, ends with nothing in flight
             self._pipeline.close()
-            if self._queue is not None:
-                self._queue.close()
+            self._queue.close()
 
     def let_go(self) -> None:
         """In a forked child: nothing moves here, and nothing will. See [Note: forks]."""
@@ -215,8 +212,6 @@ class InFlight:
         self._num_moving = self._num_updating = 0
 
     def _collect_io(self, timeout_s: float) -> None:
-        if self._queue is None:
-            return
         rows = self._queue.wait(timeout_s) if timeout_s else self._queue.poll()
         self._num_moving -= len(rows)
         self._finish_all([(d.tag, d.result, d.fd, d.offset, d.seconds, "") for d in rows])

@@ -15,7 +15,10 @@ READ = _native.OP_READ
 WRITE = _native.OP_WRITE
 NUM_THREADS = 4
 DEPTH_MIN = 4
-DEMAND, PREFETCH, WRITE_BACK = 0, 1, 2  # priorities: what compute waits for goes first
+# What compute waits for goes first; the update worker's own I/O is write-back.
+DEMAND = _native.PRIORITY_DEMAND
+PREFETCH = _native.PRIORITY_PREFETCH
+WRITE_BACK = _native.PRIORITY_WRITE_BACK
 
 logger = logging.getLogger("offload")
 Native = TypeVar("Native")
@@ -84,7 +87,7 @@ class IoQueue:
     def __init__(
         self, backend: str, limits: Limits | None = None, *, checksum_nbytes: int = 0
     ) -> None:
-        self._queue = with_room(
+        self.native = with_room(
             limits or default_limits(backend),
             lambda depth, block_nbytes: _native.IoQueue(
                 backend, depth, block_nbytes, NUM_THREADS, checksum_nbytes
@@ -96,19 +99,19 @@ class IoQueue:
         self, op: int, tag: int, segments: Sequence[Segment], priority: int = DEMAND
     ) -> None:
         """Start one transfer over all segments; it completes once. Buffers must outlive it."""
-        self._queue.submit(op, tag, priority, segments)
+        self.native.submit(op, tag, priority, segments)
 
     def poll(self) -> list[IoCompletion]:
         """Take what has completed; never blocks."""
-        return [IoCompletion(*row) for row in self._queue.poll()]
+        return [IoCompletion(*row) for row in self.native.poll()]
 
     def wait(self, timeout_s: float) -> list[IoCompletion]:
         """Block until something completes or the time is up."""
-        return [IoCompletion(*row) for row in self._queue.wait(timeout_s)]
+        return [IoCompletion(*row) for row in self.native.wait(timeout_s)]
 
     def close(self) -> None:
         """Wait for what is in flight and stop the threads. Idempotent."""
-        self._queue.close()
+        self.native.close()
 
 
 _REFUSALS = (errno.EPERM, errno.ENOSYS, errno.ENOMEM, errno.EACCES, errno.EINVAL)

@@ -429,16 +429,26 @@ class _Planner:
             plan = larger
 
     def _pin(self, plan: Plan) -> Plan:
-        """Pin planes while they fit: weights save 3 bytes of traffic per byte, the others 2."""
+        """Pin planes while they fit, those first that save the most traffic for their bytes."""
         left = self.budget - HUGE_PAGE_NBYTES - plan.slab_nbytes
         pinned = set(plan.pinned)
-        for plane in self.fmt.state_planes:
-            for spec in self.specs:
-                key, nbytes = (spec.index, plane), spec.nbytes(plane, self.fmt)
-                if plane in spec.state_planes(self.fmt) and key not in pinned and nbytes <= left:
-                    pinned.add(key)
-                    left -= nbytes
+        pairs = [(s, p) for p in self.fmt.state_planes for s in self.specs]
+        pairs.sort(key=lambda pair: -self._saving(plan, *pair))
+        for spec, plane in pairs:
+            key, nbytes = (spec.index, plane), spec.nbytes(plane, self.fmt)
+            if key not in pinned and nbytes <= left and self._saving(plan, spec, plane):
+                pinned.add(key)
+                left -= nbytes
         return dataclasses.replace(plan, pinned=frozenset(pinned))
+
+    def _saving(self, plan: Plan, spec: ChunkSpec, plane: Plane) -> int:
+        """Bytes of traffic a step that a byte of the plane saves in RAM: weights are read twice,
+        unless slots hold all of their pool, and what is trained is written.
+        """
+        if plane is not Plane.WEIGHT:
+            return 2 if spec.trainable else 0
+        pool = plan.pool_of(spec.index)
+        return (2 if len(pool.members) > pool.num_weight_slots else 0) + spec.trainable
 
     def _fit_gpu_slots(self) -> int:
         """Weight slots per size class on the device: the target, or fewer to fit its budget."""

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 
 from offload import _native
-from offload.io import Limits, default_limits, with_room
+from offload.io import IoQueue
 from offload.slots import Region
 
 NUM_TILES = 12  # one computed, the others keep the drive busy both ways
@@ -167,35 +167,20 @@ def apply_in_ram(fmt_code: int, numel: int, addresses: Sequence[int], ops: bytes
 
 
 class UpdatePipeline:
-    """Queue of update jobs, run in order by a native thread.
+    """Queue of update jobs, run in order by a native thread. Its transfers share `queue`, where
+    reads that compute waits for overtake them; close it first.
 
     Pieces with checksums are verified as they are read and get new ones as they are written, a
     uint32 for every `checksum_nbytes`, of which every tile of every plane has to be a multiple.
     """
 
     def __init__(
-        self,
-        backend: str,
-        tile_numel: int,
-        buffer: Region,
-        limits: Limits | None = None,
-        *,
-        checksum_nbytes: int = 0,
+        self, queue: IoQueue, tile_numel: int, buffer: Region, *, checksum_nbytes: int = 0
     ) -> None:
         self.tile_numel = tile_numel
-        self._pipeline = with_room(
-            limits or default_limits(backend),
-            lambda depth, block_nbytes: _native.UpdatePipeline(
-                backend,
-                depth,
-                block_nbytes,
-                NUM_TILES,
-                tile_numel,
-                buffer.address,
-                buffer.nbytes,
-                "auto",
-                checksum_nbytes,
-            ),
+        memory = buffer.address, buffer.nbytes
+        self._pipeline = _native.UpdatePipeline(
+            queue.native, NUM_TILES, tile_numel, *memory, "auto", checksum_nbytes
         )
 
     def submit(

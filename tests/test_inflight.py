@@ -11,6 +11,7 @@ from offload.errors import StateError, StorageError
 from offload.inflight import InFlight
 from offload.io import READ, WRITE, IoCompletion
 from offload.stats import UPDATE
+from offload.store import Extent
 from offload.tier import Link
 from offload.timeline import Timeline
 from offload.transfer import StandinEvent
@@ -88,11 +89,10 @@ class Log:
 class Bench:
     """InFlight with fakes around it."""
 
-    def __init__(self, *, with_queue: bool = True) -> None:
+    def __init__(self) -> None:
         self.queue, self.pipeline, self.log = FakeQueue(), FakePipeline(), Log()
         self.timeline = Timeline(100)
-        queue = self.queue if with_queue else None
-        self.flight = InFlight(queue, self.pipeline, self.timeline)  # type: ignore[arg-type]
+        self.flight = InFlight(self.queue, self.pipeline, self.timeline)  # type: ignore[arg-type]
 
     def start_io(self, name: str, op: int = READ, nbytes: int = 8) -> int:
         link = Link.READ if op == READ else Link.WRITE
@@ -170,9 +170,9 @@ def test_waiting_with_nothing_in_flight_is_refused() -> None:
 
 
 def test_without_a_drive_nothing_can_be_read() -> None:
-    bench = Bench(with_queue=False)
+    bench = Bench()
     with pytest.raises(StateError, match="chunk a: there is no NVMe tier"):
-        bench.start_io("a")
+        bench.flight.move_extent(READ, Extent(((0, 0, 8),)), 0, "a")
     assert not bench.flight
     bench.flight.poll()
     bench.flight.close()

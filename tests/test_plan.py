@@ -163,7 +163,8 @@ def test_unpinned_memory_does_not_need_a_drive() -> None:
 @given(Specs, Setup)
 def test_more_budget_never_moves_more(specs: list[ChunkSpec], setup: dict[str, Any]) -> None:
     """With equal tiles: what fits keeps fitting, and with equal slots the traffic never grows. (A
-    slot more is for overlap, and takes the room of pinned planes.)
+    slot more is for overlap, and takes the room of pinned planes.) Where slots are fewer than
+    chunks, which chunk stays in one at the turns depends on which others are pinned.
     """
     fits = False
     before: dict[tuple[tuple[int, int], ...], int] = {}
@@ -176,7 +177,12 @@ def test_more_budget_never_moves_more(specs: list[ChunkSpec], setup: dict[str, A
         fits = True
         slots = tuple((pool.num_weight_slots, pool.num_grad_slots) for pool in plan.pools)
         traffic = sum(plan.traffic())
-        assert traffic <= before.get(slots, traffic), budget
+        turns = sum(
+            2 * pool.num_weight_slots * pool.slot_nbytes
+            for pool in plan.pools
+            if 0 < pool.num_weight_slots < len(pool.members)
+        )
+        assert traffic <= before.get(slots, traffic) + turns, budget
         before[slots] = traffic
 
 

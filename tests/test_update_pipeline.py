@@ -21,6 +21,7 @@ from update_rig import (
     Home,
     pages,
     pipeline,
+    pipeline_on,
     random_ops,
     run_one,
     touched_by,
@@ -265,9 +266,9 @@ def test_close_finishes_what_was_submitted_and_refuses_more(backend: str, disk: 
 
 def test_wait_times_out_and_dropping_without_close_joins(backend: str):
     buffer = pages(_native.update_buffer_nbytes(2, 4096))
-    worker = _native.UpdatePipeline(
-        backend, 8, 1 << 20, 2, 4096, buffer.ctypes.data, buffer.nbytes, "auto"
-    )
+    queue = _native.IoQueue(backend, 8, 1 << 20, 4)
+    worker = _native.UpdatePipeline(queue, 2, 4096, buffer.ctypes.data, buffer.nbytes, "auto")
+    del queue  # the pipeline keeps it
     begin = time.monotonic()
     assert worker.wait(0.05) == []
     assert time.monotonic() - begin >= 0.04
@@ -282,9 +283,6 @@ def test_buffer_holds_every_plane_of_a_tile():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "aio"}, "backend"),
-        ({"depth": 0}, "depth"),
-        ({"block_nbytes": 5000}, "block_nbytes"),
         ({"num_tiles": 0}, "num_tiles"),
         ({"tile_numel": 4095}, "tile_numel"),
         ({"buffer_address": 4097}, "buffer_address"),
@@ -294,11 +292,59 @@ def test_buffer_holds_every_plane_of_a_tile():
 )
 def test_impossible_settings_are_refused(change: dict[str, int | str], message: str):
     settings = {
-        "backend": "threads", "depth": 8, "block_nbytes": 1 << 20, "num_tiles": 2,
-        "tile_numel": 4096, "buffer_address": 4096, "buffer_nbytes": 1 << 20, "isa": "auto",
+        "queue": _native.IoQueue("threads", 8, 1 << 20, 1), "num_tiles": 2, "tile_numel": 4096,
+        "buffer_address": 4096, "buffer_nbytes": 1 << 20, "isa": "auto",
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         _native.UpdatePipeline(**{**settings, **change})
+
+
+@pytest.mark.parametrize("queue", [None, "threads", 7, object()])
+def test_only_a_queue_is_taken_for_one(queue: object):
+    with pytest.raises(TypeError, match="IoQueue"):
+        _native.UpdatePipeline(queue, 2, 4096, 4096, 1 << 20, "auto")
+
+
+def test_a_read_that_compute_waits_for_overtakes_an_update(disk: Disk):
+    """One thread moves block after block, each late; the tile's transfer has 224 of them."""
+    queue = _native.IoQueue("faults", 1, 4096, 1)
+    rng = np.random.default_rng(3)
+    chunk, page = Chunk(EXACT, 1 << 16, rng), pages(4096)
+    chunk.place_all("file", disk, rng)
+    place = disk.allocate(4096, rng)[0]
+    disk.write([place], page)
+    _native.set_fault_plan([("latency", 0, 1.0)], 1, 0.002)
+    try:
+        with pipeline_on(queue, 1, 1 << 16) as worker:
+            chunk.submit(worker, 1, [AdamWOp(end=chunk.numel)])
+            while (before := moved_nbytes(queue)) < 2 * 4096:
+                continue
+            segment = (*place[:2], page.ctypes.data, 4096)
+            queue.submit(_native.OP_READ, 9, _native.PRIORITY_DEMAND, [segment])
+            assert [row[:2] for row in queue.wait(60.0)] == [(9, 4096)]
+            assert moved_nbytes(queue) - before <= 20 * 4096
+            _native.clear_fault_plan()
+            assert [row[:2] for row in wait_for(worker, 1)] == [(1, 0)]
+    finally:
+        _native.clear_fault_plan()
+        queue.close()
+    chunk.check(disk)
+
+
+def moved_nbytes(queue: "_native.IoQueue") -> int:
+    stats = queue.stats()
+    return stats["read_bytes"] + stats["write_bytes"]
+
+
+def test_a_closed_queue_ends_the_jobs_that_need_it(disk: Disk):
+    queue = _native.IoQueue("threads", 8, 64 << 10, 1)
+    rng = np.random.default_rng(4)
+    chunk = Chunk(EXACT, 1 << 16, rng)
+    chunk.place_all("file", disk, rng)
+    with pipeline_on(queue) as worker:
+        queue.close()
+        chunk.submit(worker, 1, [AdamWOp(end=chunk.numel)])
+        assert [row[:2] for row in wait_for(worker, 1)] == [(1, -errno.ECANCELED)]
 
 
 RAM = (4096, None, None)

@@ -47,13 +47,28 @@ def pipeline(
     isa: str = "auto",
     checksum_nbytes: int = 0,
 ) -> Iterator["_native.UpdatePipeline"]:
+    queue = _native.IoQueue(backend, 8, 64 << 10, 4)
+    try:
+        with pipeline_on(queue, num_tiles, tile_numel, isa, checksum_nbytes) as worker:
+            yield worker
+    finally:
+        queue.close()
+
+
+@contextlib.contextmanager
+def pipeline_on(
+    queue: "_native.IoQueue",
+    num_tiles: int = 3,
+    tile_numel: int = 4096,
+    isa: str = "auto",
+    checksum_nbytes: int = 0,
+) -> Iterator["_native.UpdatePipeline"]:
     nbytes = _native.update_buffer_nbytes(num_tiles, tile_numel)
     buffer = pages(nbytes)
     buffer[:] = 0xFF
     worker = _native.UpdatePipeline(
-        backend, 8, 64 << 10, num_tiles, tile_numel, buffer.ctypes.data, nbytes, isa,
-        checksum_nbytes,
-    )  # fmt: skip
+        queue, num_tiles, tile_numel, buffer.ctypes.data, nbytes, isa, checksum_nbytes
+    )
     try:
         yield worker
     finally:

@@ -120,20 +120,17 @@ class Chunk {
 struct Worker {
   Worker(Backend backend, uint64_t tile_numel)
       : buffer(update_buffer_nbytes(kNumTiles, tile_numel)) {
-    const UpdateConfig config = {backend,
-                                 8,
-                                 4 * kPageNbytes,
-                                 kNumTiles,
-                                 tile_numel,
-                                 buffer.data(),
-                                 find_kernels("auto"),
-                                 kChecksumNbytes};
     int error = 0;
+    queue = IoQueue::create(backend, 8, 4 * kPageNbytes, 4, &error);
+    CHECK(queue != nullptr && error == 0);
+    const UpdateConfig config = {queue.get(),          kNumTiles,      tile_numel, buffer.data(),
+                                 find_kernels("auto"), kChecksumNbytes};
     pipeline = UpdatePipeline::create(config, &error);
     CHECK(pipeline != nullptr && error == 0);
   }
 
   Memory buffer;
+  std::unique_ptr<IoQueue> queue;
   std::unique_ptr<UpdatePipeline> pipeline;
 };
 
