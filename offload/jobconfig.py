@@ -115,6 +115,7 @@ def numbers_of(config: FinetuneConfig) -> dict[str, Any]:
         for key, value in tree[section].items()
     }
     facts.pop("train.eval_batches")
+    facts["optimizer.kind"] = config.optimizer.kind
     return facts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import uuid
 from collections.abc import Sequence
@@ -75,79 +76,42 @@ def manifest_to_resume(
     return manifest
 
 
-def open_engine(
-    policy: OffloadPolicy,
-    plan: Plan,
-    params: Sequence[Sequence[nn.Parameter]],
-    *,
-    device: Device,
-    timeline: Timeline,
-    poison: bool,
-    manifest: Manifest | None,
-) -> Engine:
-    """An engine with its slab, and its files where the plan needs some."""
-    chunks = [Chunk(s, p) for s, p in zip(plan.specs, params, strict=True)]
-    store, backend, limits = None, "threads", None
+@dataclasses.dataclass(frozen=True, slots=True)
+class Drives:
+    """What is known of the policy's paths before the plan: how to reach them, how fast they are."""
+
+    backend: str
+    reason: str
+    fell_back: bool
+    profiles: tuple[DriveProfile, ...]  # empty where one is not known
+
+    @property
+    def weights(self) -> list[float]:
+        """The speeds of several paths, where they are known; else nothing."""
+        known = self.profiles if len(self.profiles) > 1 else ()
+        return [profile.mixed_bandwidth for profile in known]
+
+    @property
+    def limits(self) -> Limits | None:
+        """One queue serves all drives: blocks that suit the slowest, and room for all of them."""
+        if not self.profiles:
+            return None
+        slowest = min(self.profiles, key=lambda profile: profile.mixed_bandwidth)
+        depth = sum(profile.depth for profile in self.profiles)
+        return Limits(depth=depth, block_nbytes=slowest.block_nbytes)
+
+
+def find_drives(policy: OffloadPolicy) -> Drives | None:
+    """The drives that a policy names, or None where it names none."""
     nvme = policy.tiers.nvme
-    slab = Slab(plan.slab_nbytes)
-    if plan.uses_files and nvme is not None:
-        backend, reason = choose_backend(nvme.io)
-        fell_back = nvme.io == "auto" and backend != "uring"
-        logger.log(logging.WARNING if fell_back else logging.INFO, "I/O: %s: %s", backend, reason)
-        limits = slowest_limits(drive_profiles(nvme.paths, backend))
-    try:
-        if plan.uses_files and nvme is not None:
-            store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest))
-        slab.populate()
-        device.register(slab)
-        engine = Engine(
-            plan,
-            chunks,
-            slab=slab,
-            store=store,
-            nvme_budget=nvme.budget if nvme else None,
-            homes=homes_of(manifest) if manifest else None,
-            backend=backend,
-            limits=limits,
-            device=device,
-            timeline=timeline,
-            poison=poison,
-        )
-    except BaseException:
-        if store is not None:
-            store.close(keep=manifest is not None)
-            store.remove_folders()
-        slab.close()
-        raise
-    if manifest is not None and nvme is not None:
-        _check_unchanged(engine, manifest, nvme.paths[0])
-    return engine
+    if nvme is None:
+        return None
+    backend, reason = choose_backend(nvme.io)
+    fell_back = nvme.io == "auto" and backend != "uring"
+    return Drives(backend, reason, fell_back, tuple(_profiles(nvme.paths, backend)))
 
 
-def _check_unchanged(engine: Engine, manifest: Manifest, folder: Path) -> None:
-    """The manifest was read before the locks were taken. Whoever held them may have committed and
-    ended in between, and have written over what the older manifest names.
-    """
-    try:
-        if encode(read_manifest(folder)) != encode(manifest):
-            raise StateError(
-                f"the run in {folder} was in use a moment ago, and committed. Start again."
-            )
-    except BaseException:
-        engine.close(keep=True)
-        raise
-
-
-def path_weights(policy: OffloadPolicy) -> list[float]:
-    """The speeds of the policy's paths, where they differ and are known; else nothing."""
-    nvme = policy.tiers.nvme
-    if nvme is None or len(nvme.paths) == 1:
-        return []
-    profiles = drive_profiles(nvme.paths, choose_backend(nvme.io)[0])
-    return [profile.mixed_bandwidth for profile in profiles]
-
-
-def drive_profiles(paths: Sequence[Path], backend: str) -> list[DriveProfile]:
+def _profiles(paths: Sequence[Path], backend: str) -> list[DriveProfile]:
     """What is known of the drives behind the paths; nothing where something is missing.
 
     Several drives are measured where they were not, because planes are shared out by their speed:
@@ -175,13 +139,66 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def slowest_limits(profiles: Sequence[DriveProfile]) -> Limits | None:
-    """One queue serves all drives: blocks that suit the slowest, and room for all of them."""
-    if not profiles:
-        return None
-    slowest = min(profiles, key=lambda profile: profile.mixed_bandwidth)
-    depth = sum(profile.depth for profile in profiles)
-    return Limits(depth=depth, block_nbytes=slowest.block_nbytes)
+def open_engine(
+    policy: OffloadPolicy,
+    plan: Plan,
+    params: Sequence[Sequence[nn.Parameter]],
+    *,
+    drives: Drives | None,
+    device: Device,
+    timeline: Timeline,
+    poison: bool,
+    manifest: Manifest | None,
+) -> Engine:
+    """An engine with its slab, and its files where the plan needs some."""
+    chunks = [Chunk(s, p) for s, p in zip(plan.specs, params, strict=True)]
+    store, used = None, drives if plan.uses_files else None
+    nvme = policy.tiers.nvme
+    slab = Slab(plan.slab_nbytes)
+    if used is not None:
+        level = logging.WARNING if used.fell_back else logging.INFO
+        logger.log(level, "I/O: %s: %s", used.backend, used.reason)
+    try:
+        if used is not None and nvme is not None:
+            store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest))
+        slab.populate()
+        device.register(slab)
+        engine = Engine(
+            plan,
+            chunks,
+            slab=slab,
+            store=store,
+            nvme_budget=nvme.budget if nvme else None,
+            homes=homes_of(manifest) if manifest else None,
+            backend=used.backend if used else "threads",
+            limits=used.limits if used else None,
+            device=device,
+            timeline=timeline,
+            poison=poison,
+        )
+    except BaseException:
+        if store is not None:
+            store.close(keep=manifest is not None)
+            store.remove_folders()
+        slab.close()
+        raise
+    if manifest is not None and nvme is not None:
+        _check_unchanged(engine, manifest, nvme.paths[0])
+    return engine
+
+
+def _check_unchanged(engine: Engine, manifest: Manifest, folder: Path) -> None:
+    """The manifest was read before the locks were taken. Whoever held them may have committed and
+    ended in between, and have written over what the older manifest names.
+    """
+    try:
+        if encode(read_manifest(folder)) != encode(manifest):
+            raise StateError(
+                f"the run in {folder} was in use a moment ago, and committed. Start again."
+            )
+    except BaseException:
+        engine.close(keep=True)
+        raise
 
 
 def make_store(

@@ -25,11 +25,11 @@ from offload.landing import Gradients
 from offload.manifest import Manifest
 from offload.opening import (
     RESUME,
+    find_drives,
     manifest_to_restore,
     manifest_to_resume,
     open_commits,
     open_engine,
-    path_weights,
 )
 from offload.openmp import Calm
 from offload.partition import Partition, partition
@@ -79,14 +79,14 @@ class Session:
         fmt = state_format(policy.state.format, policy.optimizer.kind)
         host = self.device.is_host
         try:
-            self.plan = make_plan(
-                parts.specs, fmt, policy, host_compute=host, weights=path_weights(policy)
-            )
+            drives = find_drives(policy)
+            speeds = drives.weights if drives else ()
+            self.plan = make_plan(parts.specs, fmt, policy, host_compute=host, weights=speeds)
             manifest = manifest_to_resume(policy, weights, self.plan, model)
             saved = manifest_to_restore(weights, self.plan, model)
             self._engine = open_engine(
-                policy, self.plan, parts.params, device=self.device, timeline=self.timeline,
-                poison=poison, manifest=manifest,
+                policy, self.plan, parts.params, drives=drives, device=self.device,
+                timeline=self.timeline, poison=poison, manifest=manifest,
             )  # fmt: skip
         except BaseException:
             self.device.close()
