@@ -11,7 +11,8 @@ import importlib
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +49,10 @@ class Owner(Protocol):
     def zero_grad(self) -> None: ...
 
     def step_counts(self, params: list[torch.Tensor]) -> list[int]: ...
+
+    def torch_state(self, params: list[torch.Tensor], moments: Mapping[str, Any]) -> Any: ...
+
+    def changing_state(self, who: str) -> AbstractContextManager[None]: ...
 
 
 _owners: list[Owner] = []  # open engines: the one registry of the package
