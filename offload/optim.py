@@ -15,6 +15,7 @@ from offload.errors import StateError
 from offload.formats import Plane
 from offload.optimstate import TorchState
 from offload.routing import Owner, owner_of
+from offload.stats import StepResult
 from offload.update import AdamWOp, LionOp, Op, SGDOp
 
 _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
@@ -34,6 +35,7 @@ class TierOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: _Params, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
+        self.last_step: StepResult | None = None
         self._owner = self._find_owner()
         self._group_of = self._index_groups()
         self._owner.attach(self)
@@ -100,16 +102,18 @@ class TierOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Give every gradient that has landed to its update. Returns the closure's loss, or None.
+        """Give every gradient that has landed to its update. Returns a StepResult, which last_step
+        keeps; with a closure its loss, as torch does.
 
-        Raises NumericsError, with nothing changed, where a gradient is not finite.
+        Where a gradient is not finite, nothing is changed: raises NumericsError, or with
+        `optimizer.nonfinite: skip` says so in the result.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._owner.optimizer_step(self)
-        return loss
+        self.last_step = self._owner.optimizer_step(self)
+        return self.last_step if closure is None else loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop what has landed. Gradients never stay on parameters, so there is nothing to set to

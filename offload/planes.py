@@ -16,7 +16,7 @@ from offload.engine import Engine
 from offload.errors import StateError
 from offload.formats import SCALE_PLANES, Plane, join_master
 from offload.plan import Plan
-from offload.policy import format_nbytes
+from offload.sizes import format_nbytes
 from offload.slots import Slab
 
 logger = logging.getLogger("offload")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from offload.attach import Attachment
 from offload.checkpoint import Checkpoint
 from offload.chunk import Chunk
 from offload.clipping import Clipping
-from offload.errors import StateError
+from offload.errors import NumericsError, StateError
 from offload.export import export_model
 from offload.formats import Plane, state_format
 from offload.hooks import Autograd
@@ -42,6 +43,7 @@ from offload.policy import OffloadPolicy
 from offload.recovery import Recovered, adopt
 from offload.restore import restore
 from offload.runstate import RunState
+from offload.stats import StepResult
 from offload.timeline import Timeline
 from offload.transfer import Device, make_device
 from offload.update import pack_ops
@@ -175,7 +177,7 @@ class Session(Inspection):
         landed = chunk.gradient.sum_squares if chunk.gradient is not None else {}
         return pack_ops(self._optimizer.ops_for(chunk, landed, self.clipping.scales))
 
-    def optimizer_step(self, optimizer: Any) -> None:
+    def optimizer_step(self, optimizer: Any) -> StepResult:
         """Turn what has landed into pending updates. See [Note: updates] in engine.py."""
         self._check_open()
         if optimizer is not self._optimizer:
@@ -192,8 +194,14 @@ class Session(Inspection):
         landed = self.gradients.landed()
         if not landed and not self.gradients.anything_updated:
             self._refuse_second_step()
-            return  # as torch: no gradient anywhere, nothing to do
-        self.gradients.check_finite(landed)
+            return StepResult(norm=None)  # as torch: no gradient anywhere, nothing to do
+        result = StepResult(norm=self.clipping.norm)
+        try:
+            self.gradients.check_finite(landed)
+        except NumericsError as error:
+            if self.policy.optimizer.nonfinite == "raise":
+                raise
+            return self._skip(dataclasses.replace(result, skipped=True, reason=str(error)))
         self._half_done = True
         updates = {chunk.spec.index: ops for chunk in landed if (ops := self._ops(chunk))}
         for chunk in landed:  # norms and biases stay bound: see [Note: small chunk] in partition.py
@@ -205,9 +213,22 @@ class Session(Inspection):
         self._engine.end_step()
         self._half_done = False
         self.run.end_step()
+        self._forget_step()
+        return result
+
+    def _skip(self, result: StepResult) -> StepResult:
+        """Drop the gradients. No count moves, so nothing later can tell that they were there."""
+        logger.warning("step skipped: %s", result.reason)
+        self.gradients.zero()
+        self.gradients.end_step()
+        self._engine.end_step()
+        self._forget_step()
+        return result
+
+    def _forget_step(self) -> None:
         if self._attachment is not None:
             self._attachment.checked = False
-        self.clipping.end_step()
+        self.clipping.clear()
         self._captured = None
 
     def _refuse_second_step(self) -> None:
@@ -235,7 +256,9 @@ class Session(Inspection):
         if self.plan.grads_resident:
             reason = "all gradients fit in RAM, so waiting for them costs nothing"
         elif self.clipping.needs_all:
-            reason = "clip_grad_norm_ needs every gradient before the first update"
+            reason = "clip_grad_norm_ or GradScaler needs every gradient before the first update"
+        elif self.policy.optimizer.nonfinite == "skip":
+            reason = "optimizer.nonfinite: skip needs every gradient before the first update"
         elif self.gradients.num_backwards != 1:
             reason = "gradients accumulate over several backward() calls"
         else:
@@ -247,7 +270,7 @@ class Session(Inspection):
         """Drop gradients that no step() has taken."""
         self._check_open()
         self.gradients.zero()
-        self.clipping.scales.clear()
+        self.clipping.clear()
 
     def _model_zero_grad(self, set_to_none: bool = True) -> None:
         self.zero_grad()
@@ -274,6 +297,14 @@ class Session(Inspection):
     ) -> None:
         """clip_grad_norm_'s second half: scale so that `total` becomes at most max_norm."""
         self.clipping.clip(params, max_norm, total)
+
+    def unscale_gradients(self, params: Sequence[torch.Tensor], factor: float) -> bool | None:
+        """Undo GradScaler's factor; whether the gradients are finite, None where none landed."""
+        return self.clipping.unscale(params, factor)
+
+    def expect_scaled_loss(self) -> None:
+        """GradScaler is about to scale a loss, perhaps this model's."""
+        self.clipping.expect_scaled_loss(may_wait=self.policy.optimizer.update == "auto")
 
     # ---- Owner: what routing asks ----
 

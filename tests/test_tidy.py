@@ -18,8 +18,8 @@ LAYERS = {
     name: layer
     for layer, names in enumerate(
         [
-            "errors tier timeline machine forks interrupts smart",
-            "policy formats io slots stats openmp swapfile wear",
+            "errors tier timeline machine forks interrupts smart sizes",
+            "policy formats io slots stats openmp swapfile wear numa",
             "runfolder",
             "store update calibrate moments",
             "chunk schedule manifest",
