@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import uuid
 from collections.abc import Sequence
@@ -9,12 +10,13 @@ from pathlib import Path
 
 from torch import nn
 
+from offload import numa
 from offload.calibrate import DriveProfile, cached_profile, profile_of
 from offload.chunk import Chunk
 from offload.commit import Commits
 from offload.engine import Engine
 from offload.errors import PolicyError, StateError, StorageError
-from offload.io import Limits, choose_backend
+from offload.io import Limits, choose_backend, default_limits
 from offload.manifest import Manifest, encode
 from offload.plan import Plan
 from offload.policy import OffloadPolicy
@@ -95,6 +97,8 @@ def open_engine(
         fell_back = nvme.io == "auto" and backend != "uring"
         logger.log(logging.WARNING if fell_back else logging.INFO, "I/O: %s: %s", backend, reason)
         limits = slowest_limits(drive_profiles(nvme.paths, backend))
+    paths = nvme.paths if plan.uses_files and nvme is not None else ()
+    limits = _near(paths, device, limits or default_limits(backend))
     try:
         if plan.uses_files and nvme is not None:
             store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest))
@@ -122,6 +126,14 @@ def open_engine(
     if manifest is not None and nvme is not None:
         _check_unchanged(engine, manifest, nvme.paths[0])
     return engine
+
+
+def _near(paths: Sequence[Path], device: Device, limits: Limits) -> Limits:
+    """The limits with the CPUs that are near the drives and the device, where that matters."""
+    cpus = numa.worker_cpus([_existing(path) for path in paths], device.pci_address)
+    if cpus is not None:
+        logger.info("I/O and updates run on CPUs %s, near the drives", sorted(cpus))
+    return dataclasses.replace(limits, cpus=cpus)
 
 
 def _check_unchanged(engine: Engine, manifest: Manifest, folder: Path) -> None:
