@@ -1,15 +1,13 @@
 """Whatever comes between two steps sees the finished update, and leaves nothing behind.
 
 A walk is a list of actions. One engine takes it as it comes; its twin finishes every update right
-after its step, and does nothing else than step and leave where the walk leaves. Every observation
-of the walk is compared with what the twin would have observed at that moment, by raw bits.
+after its step. What both see is compared by raw bits, and the end with a run that only stepped.
 """
 
 import contextlib
 import hashlib
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +67,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def named_state(optimizer: Any, state: dict[str, Any]) -> str:
-    del optimizer
+def digest_state(state: dict[str, Any]) -> str:
     rows = {f"{i}.{key}": value for i, row in state["state"].items() for key, value in row.items()}
     return digest(rows) + repr(state["num_steps"])
 
@@ -146,7 +143,7 @@ class Walk:
         return digest(self.engine.model.state_dict()) + repr(self.optimizer.state_dict())
 
     def _full_state(self) -> str:
-        return named_state(self.optimizer, self.optimizer.full_state_dict())
+        return digest_state(self.optimizer.full_state_dict())
 
     def _stream(self) -> str:
         rows = self.optimizer.stream_state()
@@ -210,62 +207,37 @@ def half_pinned(directory: Path, changes: dict[str, Any]) -> int:
     return plan.slab_nbytes + plan.state_nbytes // 2
 
 
-class Lone:
-    """The twin: takes the steps of a walk and is asked for each observation on its own, so that no
-    observation can have prepared the next.
+def seen_alone(folder: Path, changes: dict[str, Any], actions: list[str], last: str) -> str:
+    """What the twin sees with `last` behind the steps among `actions`, having looked at nothing."""
+    twin = Walk(folder, changes, is_twin=True)
+    try:
+        for action in actions:
+            if action in STEPS:
+                twin.act(action)
+        return twin.end() if last == "end" else twin.act(last)
+    finally:
+        twin.stack.close()
+
+
+def check(actions: list[str], changes: dict[str, Any], folder: Path) -> None:
+    """Every look of a walk against a twin that has no pending updates, and its end against one that
+    took the steps alone.
     """
-
-    def __init__(self, folder: Path, changes: dict[str, Any]) -> None:
-        self._folder = folder
-        self._changes = changes
-        self._count = 0
-
-    def see(self, actions: list[str], last: str) -> str:
-        """What `last` sees behind the steps among `actions`."""
-        self._count += 1
-        walk = Walk(self._folder / str(self._count), self._changes, is_twin=True)
-        try:
-            for action in actions:
-                if action in STEPS:
-                    walk.act(action)
-            return walk.end() if last == "end" else walk.act(last)
-        finally:
-            walk.stack.close()
-            shutil.rmtree(walk.folder)
-
-
-@contextlib.contextmanager
-def quiet_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder of its own for every example."""
-    index = len(list(tmp_path.iterdir()))
-    folder = tmp_path / f"example{index}"
-    folder.mkdir()
-    yield folder
-
-
-def check(actions: list[str], changes: dict[str, Any], tmp_path: Path) -> None:
-    """One walk against its twin, which takes every step too but never has a pending update."""
-    with quiet_folder(tmp_path) as folder:
-        walk = Walk(folder / "walk", changes, is_twin=False)
-        twin = Walk(folder / "twin", changes, is_twin=True)
-        try:
-            for index, action in enumerate(actions):
-                if action == "leave and resume" and not walk.num_steps:
-                    continue
-                got = walk.act(action)
-                want = twin.act(action)
-                assert got == want, (index, action, actions)
-            assert walk.end() == twin.end(), actions
-        finally:
-            walk.stack.close()
-            twin.stack.close()
+    walk = Walk(folder / "walk", changes, is_twin=False)
+    twin = Walk(folder / "twin", changes, is_twin=True)
+    try:
+        for index, action in enumerate(actions):
+            if action == "leave and resume" and not walk.num_steps:
+                continue  # nothing is committed yet
+            got = walk.act(action)
+            assert got == twin.act(action), (index, action, actions)
+        assert walk.end() == seen_alone(folder / "alone", changes, actions, "end"), actions
+    finally:
+        walk.stack.close()
+        twin.stack.close()
 
 
 walks = st.lists(st.sampled_from(ACTIONS), min_size=2, max_size=9)
-COMMON = settings(
-    deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("look", [*LOOKS, "leave and resume"])
@@ -277,20 +249,21 @@ def test_every_look_sees_the_update_of_the_step_before_it(look: str, tmp_path: P
     try:
         for action in actions:
             walk.act(action)
-        got = walk.act(look)
-        assert got == Lone(tmp_path / "twin", changes).see(actions, look)
-        assert walk.end() == Lone(tmp_path / "end", changes).see(actions, "end")
+        assert walk.act(look) == seen_alone(tmp_path / "twin", changes, actions, look)
+        assert walk.end() == seen_alone(tmp_path / "end", changes, actions, "end")
     finally:
         walk.stack.close()
 
 
-@COMMON
-@settings(max_examples=6)
+@settings(
+    max_examples=6, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
 @given(actions=walks)
 @example(["step", "checkpoint", "step", "leave and resume", "eval", "step", "full state"])
 @example(["step", "two backwards", "failed step", "gathered", "clipped step", "export"])
 def test_any_interleaving_sees_finished_updates(actions: list[str], tmp_path: Path) -> None:
-    check(actions, POLICIES["deferred"], tmp_path)
+    check(actions, POLICIES["deferred"], tmp_path / str(len(list(tmp_path.iterdir()))))
 
 
 @pytest.mark.slow
