@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from offload.optim import SGD, AdamW, Lion
     from offload.plan import Plan
     from offload.session import Session
+    from offload.stats import StepResult
 
 __version__ = "0.1.0"
 PolicySource = str | Path | Mapping[str, object] | OffloadPolicy
@@ -40,6 +41,7 @@ _AT_FIRST_USE = {
     "Plan": "offload.plan",
     "SGD": "offload.optim",
     "Session": "offload.session",
+    "StepResult": "offload.stats",
 }
 
 
@@ -96,6 +98,7 @@ __all__ = [
     "SGD",
     "Session",
     "StateError",
+    "StepResult",
     "StorageError",
     "load_policy",
     "load_pretrained",

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from offload import io, machine
+from offload import io, machine, numa
 from offload.calibrate import calibrate, profile_of
 from offload.errors import OffloadError
+from offload.openmp import num_threads_advice
 from offload.policy import short_nbytes
 from offload.progress import Reporter
 from offload.smart import read_smart
@@ -24,7 +25,7 @@ def examine(paths: Sequence[Path], reporter: Reporter, *, again: bool = False) -
     Drives that were measured before are not measured again, unless `again` asks for it.
     """
     reporter.say("python", f"{platform.python_version()}, torch {torch.__version__}")
-    reporter.say("cores", f"{machine.usable_cpu_count()} usable")
+    reporter.say("cores", _cores())
     reporter.say("memory", _memory())
     reporter.say("device", _device())
     reporter.say("openmp", _openmp())
@@ -32,6 +33,14 @@ def examine(paths: Sequence[Path], reporter: Reporter, *, again: bool = False) -
     reporter.say("io", f"{backend}: {reason}")
     for path in paths:
         reporter.say("path", f"{path}\n" + "\n".join(_path_facts(path, backend, again)))
+
+
+def _cores() -> str:
+    num_cpus, num_threads = machine.usable_cpu_count(), torch.get_num_threads()
+    advice = num_threads_advice(num_threads, num_cpus) or f"torch computes with {num_threads}"
+    found = numa.nodes()
+    where = f", on {len(found)} NUMA nodes" if len(found) > 1 else ""
+    return f"{num_cpus} usable (affinity and control groups counted){where}; {advice}"
 
 
 def _memory() -> str:

@@ -328,14 +328,9 @@ class Engine:
         update.started = True
         chunk.to(Residency.UPDATING)
         self._flight.start_update(
-            chunk.name,
-            self.plan.fmt.native_code,
-            chunk.spec.numel,
-            planes,
-            update.ops,
-            self._finish_update(chunk),
-            write_all=chunk.has_versions,
-        )
+            chunk.name, self.plan.fmt.native_code, chunk.spec.numel, planes, update.ops,
+            self._finish_update(chunk), write_all=chunk.has_versions,
+        )  # fmt: skip
         return True
 
     def _finish_update(self, chunk: Chunk) -> Finish:
@@ -400,10 +395,15 @@ class Engine:
         """
         extents = chunk.extents[plane]
         if op == io.READ:
-            self._flight.move_extent(op, extents.newest, address, chunk.name)
+            self.read_part(chunk, plane, 0, address, extents.newest.nbytes)
         else:
             self.write_part(chunk, plane, 0, address, extents.newest.nbytes)
             extents.wrote()
+
+    def read_part(self, chunk: Chunk, plane: Plane, begin: int, address: int, nbytes: int) -> None:
+        """Read `nbytes` of a plane's newest version, from its byte `begin`, and wait for it."""
+        newest = chunk.extents[plane].newest
+        self._flight.move_extent(io.READ, newest, address, chunk.name, begin, nbytes)
 
     def write_part(self, chunk: Chunk, plane: Plane, begin: int, address: int, nbytes: int) -> None:
         """Write `nbytes` of a plane's next version, from its byte `begin`, and wait for it."""

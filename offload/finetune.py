@@ -28,6 +28,7 @@ from offload.jobconfig import (
     numbers_of,
 )
 from offload.loss import next_token_loss
+from offload.openmp import limit_threads
 from offload.policy import OffloadPolicy, short_nbytes
 from offload.progress import Bar, JsonlLog, Reporter
 from offload.runfolder import is_manifest
@@ -63,6 +64,7 @@ def run(config: FinetuneConfig, reporter: Reporter) -> Result:
     """
     if not holds_run(config):
         _check_output(config.output)
+    limit_threads()
     with quiet_transformers():
         return _Job(config, reporter).run()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from offload import _native
@@ -32,11 +34,13 @@ crc32c_blocks = _native.crc32c_blocks
 class Limits:
     """How a queue cuts transfers: blocks of at most `block_nbytes`, at most `depth` in flight.
 
-    The thread backend has at most NUM_THREADS in flight, so its blocks are larger.
+    The thread backend has at most NUM_THREADS in flight, so its blocks are larger. Its threads run
+    on `cpus` (None: anywhere); see offload/numa.py.
     """
 
     depth: int
     block_nbytes: int
+    cpus: frozenset[int] | None = None
 
 
 DEFAULT_LIMITS = {  # for a drive that was not measured, see offload/calibrate.py
@@ -52,11 +56,28 @@ def with_room(limits: Limits, make: Callable[[int, int], Native]) -> Native:
     depth = limits.depth
     while True:
         try:
-            return make(depth, limits.block_nbytes)
+            with on_cpus(limits.cpus):
+                return make(depth, limits.block_nbytes)
         except OSError as error:
             if error.errno != errno.ENOMEM or depth // 2 < DEPTH_MIN:
                 raise
             depth //= 2
+
+
+@contextlib.contextmanager
+def on_cpus(cpus: frozenset[int] | None) -> Iterator[None]:
+    """Have threads that are started meanwhile run there: they inherit where their maker may run."""
+    before = os.sched_getaffinity(0)
+    try:
+        if cpus:
+            os.sched_setaffinity(0, cpus)
+    except OSError as error:  # a cpuset has changed since: an advice, nothing is wrong without it
+        logger.warning("threads are not kept to CPUs %s: %s", sorted(cpus or ()), error)
+    try:
+        yield
+    finally:
+        if cpus:
+            os.sched_setaffinity(0, before)
 
 
 def default_limits(backend: str) -> Limits:
@@ -94,6 +115,7 @@ class IoQueue:
             ),
         )
         self.backend = backend
+        self.cpus = limits.cpus if limits else None
 
     def submit(
         self, op: int, tag: int, segments: Sequence[Segment], priority: int = DEMAND

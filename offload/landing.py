@@ -13,7 +13,7 @@ costs one gradient slot.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 
 import torch
 
@@ -300,20 +300,26 @@ class Gradients:
         for chunk in self.engine.chunks:
             self._await_arrivals(chunk)
 
-    def norm(self, members: Container[tuple[int, int]] | None = None) -> float:
+    def norm(
+        self,
+        members: Container[tuple[int, int]] | None = None,
+        scales: Mapping[tuple[int, int], float] | None = None,
+    ) -> float:
         """2-norm of what has landed since the last step: float64 sums per parameter, added in model
         order.
 
-        `members` limits it to these (chunk index, position). Eager updates keep their sums until
-        step().
+        `members` limits it to these (chunk index, position), `scales` has factors for some. Eager
+        updates keep their sums until step().
         """
         self.settle()
         total = math.nan if self._tainted else 0.0
         for chunk in self.engine.chunks:
             squares = self._sums.get(chunk.spec.index, {})
             for position in sorted(squares):
-                if members is None or (chunk.spec.index, position) in members:
-                    total += squares[position]
+                place = (chunk.spec.index, position)
+                if members is None or place in members:
+                    scale = scales.get(place, 1.0) if scales else 1.0
+                    total += squares[position] * (scale * scale)
         return math.sqrt(total) if math.isfinite(total) else total
 
     def contributors(self) -> set[tuple[int, int]]:

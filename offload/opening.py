@@ -10,12 +10,13 @@ from pathlib import Path
 
 from torch import nn
 
+from offload import numa
 from offload.calibrate import DriveProfile, cached_profile, profile_of
 from offload.chunk import Chunk
 from offload.commit import Commits
 from offload.engine import Engine
 from offload.errors import PolicyError, StateError, StorageError
-from offload.io import Limits, choose_backend
+from offload.io import Limits, choose_backend, default_limits
 from offload.manifest import Manifest, encode
 from offload.plan import Plan
 from offload.policy import OffloadPolicy
@@ -154,10 +155,14 @@ def open_engine(
     chunks = [Chunk(s, p) for s, p in zip(plan.specs, params, strict=True)]
     store, used = None, drives if plan.uses_files else None
     nvme = policy.tiers.nvme
-    slab = Slab(plan.slab_nbytes)
     if used is not None:
         level = logging.WARNING if used.fell_back else logging.INFO
         logger.log(level, "I/O: %s: %s", used.backend, used.reason)
+    backend = used.backend if used is not None else "threads"
+    limits = used.limits if used is not None else None
+    paths = nvme.paths if used is not None and nvme is not None else ()
+    limits = _near(paths, device, limits or default_limits(backend))
+    slab = Slab(plan.slab_nbytes)
     try:
         if used is not None and nvme is not None:
             store = make_store(plan, nvme.paths, slab, _run_files(plan, manifest))
@@ -170,8 +175,8 @@ def open_engine(
             store=store,
             nvme_budget=nvme.budget if nvme else None,
             homes=homes_of(manifest) if manifest else None,
-            backend=used.backend if used else "threads",
-            limits=used.limits if used else None,
+            backend=backend,
+            limits=limits,
             device=device,
             timeline=timeline,
             poison=poison,
@@ -185,6 +190,14 @@ def open_engine(
     if manifest is not None and nvme is not None:
         _check_unchanged(engine, manifest, nvme.paths[0])
     return engine
+
+
+def _near(paths: Sequence[Path], device: Device, limits: Limits) -> Limits:
+    """The limits with the CPUs that are near the drives and the device, where that matters."""
+    cpus = numa.worker_cpus([_existing(path) for path in paths], device.pci_address)
+    if cpus is not None:
+        logger.info("I/O and updates run on CPUs %s, near the drives", sorted(cpus))
+    return dataclasses.replace(limits, cpus=cpus)
 
 
 def _check_unchanged(engine: Engine, manifest: Manifest, folder: Path) -> None:

@@ -4,14 +4,18 @@ schedulers work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 
 from offload.chunk import Chunk
 from offload.errors import StateError
+from offload.formats import Plane
+from offload.optimstate import TorchState
 from offload.routing import Owner, owner_of
+from offload.stats import StepResult
 from offload.update import AdamWOp, LionOp, Op, SGDOp
 
 _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
@@ -25,9 +29,13 @@ class TierOptimizer(torch.optim.Optimizer):
     """
 
     kind: str
+    # torch's words for what is kept of a parameter; None: it cannot leave the tiers.
+    moments: ClassVar[Mapping[str, Plane] | None] = None
+    torch_group: ClassVar[dict[str, Any]] = {}  # what groups of torch's optimizer have beside ours
 
     def __init__(self, params: _Params, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
+        self.last_step: StepResult | None = None
         self._owner = self._find_owner()
         self._group_of = self._index_groups()
         self._owner.attach(self)
@@ -94,16 +102,18 @@ class TierOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Give every gradient that has landed to its update. Returns the closure's loss, or None.
+        """Give every gradient that has landed to its update. Returns a StepResult, which last_step
+        keeps; with a closure its loss, as torch does.
 
-        Raises NumericsError, with nothing changed, where a gradient is not finite.
+        Where a gradient is not finite, nothing is changed: raises NumericsError, or with
+        `optimizer.nonfinite: skip` says so in the result.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._owner.optimizer_step(self)
-        return loss
+        self.last_step = self._owner.optimizer_step(self)
+        return self.last_step if closure is None else loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop what has landed. Gradients never stay on parameters, so there is nothing to set to
@@ -111,10 +121,58 @@ class TierOptimizer(torch.optim.Optimizer):
         """
         self._owner.zero_grad()
 
+    # ---- state: what is small, and what is not ----
+
     def state_dict(self) -> dict[str, Any]:
         """Param groups and step counts; the moments stay in the tiers."""
         state: dict[str, Any] = super().state_dict()
         state["num_steps"] = self._owner.step_counts(self._all_params())
+        return state
+
+    def stream_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Yield (name, state) of every parameter that has taken a step, in the order of the groups:
+        what torch's optimizer keeps of it, in fp32 on the CPU.
+
+        Memory: the state of one parameter. Finishes pending updates.
+        """
+        return ((name, state) for _, name, state in self._torch_state().stream())
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """What load_state_dict of the torch optimizer of this name takes, and of this one. Memory:
+        the moments in fp32; raises StateError where tiers.cpu.budget does not leave room.
+        """
+        full = self.state_dict()
+        full["state"] = self._torch_state().full()
+        for group in full["param_groups"]:
+            group.update(self.torch_group)
+        return full
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a state_dict of this optimizer, of which the moments are in the tiers already, or a
+        full one, of this optimizer or of torch's, whose moments are written to the tiers.
+
+        `bf16` and `int8` round them. Raises StateError, with nothing changed, for what the tiers
+        cannot keep. Memory: some MiB.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        tiers, saved = self._torch_state(), state_dict["param_groups"]
+        groups = tiers.check_groups(saved, self.param_groups, self.defaults)
+        ids = [number for group in saved for number in group["params"]]
+        entries = tiers.check(ids, state_dict["state"], state_dict.get("num_steps"))
+        if entries is not None:
+            with self._owner.changing_state("load_state_dict()"):
+                tiers.write(entries)
+        for group, taken in zip(self.param_groups, groups, strict=True):
+            group.update(copy.deepcopy(taken))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _torch_state(self) -> TorchState:
+        if self.moments is None:
+            raise StateError(f"the state of {type(self).__name__} cannot be moved.")
+        state: TorchState = self._owner.torch_state(self._all_params(), self.moments)
         return state
 
 
@@ -125,6 +183,11 @@ class AdamW(TierOptimizer):
     """
 
     kind = "adamw"
+    moments = {"exp_avg": Plane.EXP_AVG, "exp_avg_sq": Plane.EXP_AVG_SQ}
+    torch_group = {  # fused: the arithmetic that it had
+        **{"amsgrad": False, "foreach": None, "capturable": False, "differentiable": False},
+        **{"fused": True, "decoupled_weight_decay": True},
+    }
 
     def __init__(
         self,
@@ -159,6 +222,8 @@ class SGD(TierOptimizer):
     """
 
     kind = "sgd"
+    moments = {"momentum_buffer": Plane.EXP_AVG}
+    torch_group = {"foreach": None, "differentiable": False, "fused": None}
 
     def __init__(
         self,
@@ -202,6 +267,7 @@ class Lion(TierOptimizer):
     """
 
     kind = "lion"
+    moments = {"exp_avg": Plane.EXP_AVG}
 
     def __init__(
         self,

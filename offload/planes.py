@@ -15,11 +15,22 @@ from offload.chunk import Chunk
 from offload.engine import Engine
 from offload.errors import StateError
 from offload.formats import SCALE_PLANES, Plane, join_master
-from offload.policy import format_nbytes
+from offload.plan import Plan
+from offload.sizes import format_nbytes
 from offload.slots import Slab
 
 logger = logging.getLogger("offload")
 _ROOM_FACTOR = 1.1  # beside the weights that are given back, for the model's first forward
+
+
+def check_room(plan: Plan, needed: int, who: str, instead: str) -> None:
+    """Raise StateError where copies of so many bytes are more than the budget leaves."""
+    room = max(plan.cpu_budget_nbytes - plan.slab_nbytes, 0)
+    if needed > room:
+        raise StateError(
+            f"{who} needs {format_nbytes(needed)} beside the slab, of which tiers.cpu.budget "
+            f"leaves {format_nbytes(room)}. Raise it, or {instead}."
+        )
 
 
 class PlaneReader:
@@ -96,12 +107,11 @@ class PlaneReader:
         """Raise StateError where copies of these parameters are more than the budget leaves."""
         plan = self._engine.plan
         needed = sum(param.numel() for param in params) * plan.fmt.weight_dtype.itemsize
-        if needed > max(plan.cpu_budget_nbytes - plan.slab_nbytes, 0):
-            raise StateError(
-                f"state_dict() needs {format_nbytes(needed)} beside the slab, which RAM does not "
-                "have. "
-                "Raise tiers.cpu.budget, or use engine.export(folder), which streams."
-            )
+        check_room(plan, needed, "state_dict()", "use engine.export(folder), which streams")
+
+    def forget(self) -> None:
+        """Planes were changed outside of a step."""
+        self._last = None
 
     def weight(self, chunk: Chunk, position: int) -> torch.Tensor:
         """A copy of one parameter as compute sees it. Reads its chunk, or what the last call read
@@ -193,8 +203,9 @@ class PlaneReader:
         override, chunk.override = chunk.override, None
         if override is None:
             raise StateError(f"chunk {chunk.name} was not gathered.")
-        if chunk.num_users and self._engine.device.is_host:
-            chunk.bind(self._engine.bound_weight(chunk.spec.index))
+        index, stays_bound = chunk.spec.index, bool(chunk.num_users)
+        if stays_bound:
+            chunk.bind(self._engine.bound_weight(index))
         else:
             chunk.unbind()
         now = override.cpu()
@@ -202,6 +213,9 @@ class PlaneReader:
         changed = now.view(integers) != before.view(integers)
         if not bool(changed.any()):
             return
+        has_device_copy = stays_bound and not self._engine.device.is_host
+        if has_device_copy:
+            self._engine.leave(index)
         self._engine.invalidate(chunk)
         self._last = None
         self._write(chunk, Plane.WEIGHT, now)
@@ -210,3 +224,5 @@ class PlaneReader:
             signed = {1: torch.int8, 2: torch.int16}[residue.dtype.itemsize]
             residue.view(signed)[changed] = 0  # torch cannot index-write uint16
             self._write(chunk, Plane.RESIDUE, residue)
+        if has_device_copy:
+            self._engine.enter(index, record=False)

@@ -29,6 +29,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from offload.errors import PolicyError
+from offload.sizes import format_nbytes as format_nbytes
+from offload.sizes import short_nbytes as short_nbytes
 
 Config = TypeVar("Config", bound=BaseModel)
 NBYTES_MAX = 2**63 - 1  # a file offset is a signed 64-bit number
@@ -65,28 +67,6 @@ def parse_nbytes(value: float | str) -> int:
             "such as 24GiB, 512MiB or 1.5GB"
         )
     return int(nbytes)
-
-
-def format_nbytes(nbytes: int) -> str:
-    """Return the size in the largest binary unit that shows it exactly in at most three decimals.
-
-    Exact, so that a size from a message can be pasted into the YAML: parse_nbytes reads it back.
-    """
-    for letter, power in zip("PTGMK", range(5, 0, -1), strict=True):
-        milli, rest = divmod(abs(nbytes) * 1000, 1024**power)
-        if milli >= 1000 and rest == 0:
-            whole = f"{milli // 1000}.{milli % 1000:03d}".rstrip("0").rstrip(".")
-            return f"{'-' * (nbytes < 0)}{whole}{letter}iB"
-    return f"{nbytes}B"
-
-
-def short_nbytes(nbytes: int) -> str:
-    """A size for reading, not for pasting: three or four digits."""
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if nbytes >= 1 << power:
-            digits = 2 if power == 30 else 0
-            return f"{nbytes / (1 << power):.{digits}f} {unit}"
-    return f"{nbytes} B"
 
 
 def _not_yet(*values: str | bool) -> BeforeValidator:
@@ -277,6 +257,11 @@ class OptimizerPolicy(Section):
         description="auto, eager (overlaps backward, no clipping) "
         "or deferred (overlaps the next forward)",
     )
+    nonfinite: Literal["raise", "skip"] = Field(
+        default="raise",
+        description="raise (NumericsError) or skip (the step, as if it had not been): what step() "
+        "does with a gradient that is NaN or Inf; skip keeps auto deferred",
+    )
     tile_numel: int = Field(
         default=262144,
         ge=TILE_ALIGN_NUMEL,
@@ -285,6 +270,13 @@ class OptimizerPolicy(Section):
         description=f"a multiple of {TILE_ALIGN_NUMEL} up to {TILE_NUMEL_MAX}: "
         "elements that the worker updates at once; int8 rounds it up to 65536",
     )
+
+    @field_validator("nonfinite", mode="after")
+    @classmethod
+    def _skip_needs_all_gradients(cls, value: str, info: ValidationInfo) -> str:
+        if value == "skip" and info.data.get("update") == "eager":
+            raise ValueError("'skip' is too late for eager updates: set optimizer.update: deferred")
+        return value
 
 
 class ActivationsPolicy(Section):
@@ -305,7 +297,7 @@ class OffloadPolicy(Section):
     tiers: TiersPolicy = Field(description="a mapping with cpu, and gpu and nvme as needed")
     state: StatePolicy = Field(default=StatePolicy(), description="a mapping with format")
     optimizer: OptimizerPolicy = Field(
-        default=OptimizerPolicy(), description="a mapping with kind, update, tile_numel"
+        default=OptimizerPolicy(), description="a mapping with kind, update, nonfinite, tile_numel"
     )
     activations: ActivationsPolicy = Field(
         default=ActivationsPolicy(), description="a mapping with policy, micro_batch"

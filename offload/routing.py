@@ -11,14 +11,17 @@ import importlib
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+from torch.amp.grad_scaler import GradScaler
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from offload.errors import StateError
+from offload.stats import StepResult
 
 _clip_grad: types.ModuleType = importlib.import_module("torch.nn.utils.clip_grad")
 _utils: types.ModuleType = importlib.import_module("torch.nn.utils")
@@ -43,15 +46,23 @@ class Owner(Protocol):
 
     def attach(self, optimizer: Any) -> None: ...
 
-    def optimizer_step(self, optimizer: Any) -> None: ...
+    def optimizer_step(self, optimizer: Any) -> StepResult: ...
+
+    def unscale_gradients(self, params: Sequence[torch.Tensor], factor: float) -> bool | None: ...
+
+    def expect_scaled_loss(self) -> None: ...
 
     def zero_grad(self) -> None: ...
 
     def step_counts(self, params: list[torch.Tensor]) -> list[int]: ...
 
+    def torch_state(self, params: list[torch.Tensor], moments: Mapping[str, Any]) -> Any: ...
+
+    def changing_state(self, who: str) -> AbstractContextManager[None]: ...
+
 
 _owners: list[Owner] = []  # open engines: the one registry of the package
-_originals: dict[tuple[types.ModuleType, str], Any] = {}
+_originals: dict[tuple[object, str], Any] = {}
 _hooks: list[RemovableHandle] = []
 _lock = threading.Lock()
 
@@ -97,6 +108,8 @@ def _install() -> None:
     _replace(_utils, "clip_grads_with_norm_", _route_scaling)
     _replace(_clip_grad, "_group_tensors_by_device_and_dtype", _refuse_values)
     _replace(torch.autograd, "backward", _watch_loss)
+    _replace(GradScaler, "scale", _note_scaling)
+    _replace(GradScaler, "_unscale_grads_", _route_unscaling)
     _hooks.append(register_optimizer_step_pre_hook(_refuse_foreign_step))
 
 
@@ -136,7 +149,7 @@ def _refuse_foreign_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: An
             )
 
 
-def _replace(module: types.ModuleType, name: str, make: Callable[[Any], Any]) -> None:
+def _replace(module: object, name: str, make: Callable[[Any], Any]) -> None:
     original = getattr(module, name)
     _originals[(module, name)] = original
     setattr(module, name, make(original))
@@ -192,6 +205,33 @@ def _route_scaling(original: Any) -> Any:
         original([p for p in params if owner_of(p) is None], max_norm, total_norm, foreach)
 
     return scale
+
+
+def _note_scaling(original: Any) -> Any:
+    """Which model the loss is of cannot be known here, so every open engine hears of it."""
+
+    def scale(scaler: Any, outputs: Any) -> Any:
+        for owner in _owners if scaler.is_enabled() else ():
+            owner.expect_scaled_loss()
+        return original(scaler, outputs)
+
+    return scale
+
+
+def _route_unscaling(original: Any) -> Any:
+    """GradScaler divides Parameter.grad, where it would find nothing. See [Note: routing]."""
+
+    def unscale(scaler: Any, optimizer: Any, inv_scale: Any, found_inf: Any, fp16: Any) -> Any:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        pairs = _by_owner(params)
+        if not pairs:
+            return original(scaler, optimizer, inv_scale, found_inf, fp16)
+        _refuse_foreign_step(optimizer, (), {})
+        finite = [owner.unscale_gradients(mine, float(inv_scale)) for owner, mine in pairs]
+        bad = [not each for each in finite if each is not None]
+        return {found_inf.device: torch.full_like(found_inf, float(any(bad)))} if bad else {}
+
+    return unscale
 
 
 def _refuse_values(original: Any) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,10 +18,12 @@ from offload import forks, materialise, routing
 from offload.attach import Attachment
 from offload.checkpoint import Checkpoint
 from offload.chunk import Chunk
-from offload.errors import StateError
+from offload.clipping import Clipping
+from offload.errors import NumericsError, StateError
 from offload.export import export_model
-from offload.formats import state_format
+from offload.formats import Plane, state_format
 from offload.hooks import Autograd
+from offload.inspection import Inspection
 from offload.landing import Gradients
 from offload.manifest import Manifest
 from offload.opening import (
@@ -32,15 +35,15 @@ from offload.opening import (
     open_engine,
 )
 from offload.openmp import Calm
+from offload.optimstate import TorchState
 from offload.partition import Partition, partition
 from offload.plan import make_plan
 from offload.planes import PlaneReader
 from offload.policy import OffloadPolicy
 from offload.recovery import Recovered, adopt
-from offload.report import MemoryReport, memory_report
 from offload.restore import restore
 from offload.runstate import RunState
-from offload.stats import StepStats
+from offload.stats import StepResult
 from offload.timeline import Timeline
 from offload.transfer import Device, make_device
 from offload.update import pack_ops
@@ -49,7 +52,7 @@ logger = logging.getLogger("offload")
 TIMELINE_CAPACITY = 200_000
 
 
-class Session:
+class Session(Inspection):
     """An offloaded model. Use as a context manager; leaving it gives back an ordinary model.
 
     Everything that a plain PyTorch loop does keeps working inside; the optimizer must be an offload
@@ -67,9 +70,7 @@ class Session:
         self._half_done = False  # step() has begun to change things, and has not ended
         self._attachment: Attachment | None = None
         self._optimizer: Any = None
-        self._scales: dict[tuple[int, int], float] = {}
         self._captured: list[tuple[Any, ...]] | None = None  # for this step's eager updates
-        self._clipped = False
         self.recovered: Recovered | None = None
         routing.refuse_twice(model.parameters())
         parts = partition(model)
@@ -137,6 +138,7 @@ class Session:
         self._places = {
             id(p): (c.spec.index, i) for c in self._engine.chunks for i, p in enumerate(c.params)
         }
+        self.clipping = Clipping(self.gradients, self._places)
         self._attachment = Attachment(self.model, self._engine, self.autograd)
         self._attachment.replace_forwards(parts, self.policy.activations)
         self._attachment.replace(self.model, "zero_grad", self._model_zero_grad)
@@ -173,16 +175,17 @@ class Session:
 
     def _ops(self, chunk: Chunk) -> bytes:
         landed = chunk.gradient.sum_squares if chunk.gradient is not None else {}
-        return pack_ops(self._optimizer.ops_for(chunk, landed, self._scales))
+        return pack_ops(self._optimizer.ops_for(chunk, landed, self.clipping.scales))
 
-    def optimizer_step(self, optimizer: Any) -> None:
+    def optimizer_step(self, optimizer: Any) -> StepResult:
         """Turn what has landed into pending updates. See [Note: updates] in engine.py."""
         self._check_open()
         if optimizer is not self._optimizer:
             raise StateError("another optimizer was created for this model since; step() that one.")
         if self._half_done:
             raise StateError(
-                "an earlier step() was interrupted, so some weights are a step ahead of others. "
+                "an earlier step() or load_state_dict() was interrupted, so the tiers are part old "
+                "and part new. "
                 "Leave the context; under durability, weights='resume' goes on from the last step "
                 "that was committed."
             )
@@ -191,8 +194,14 @@ class Session:
         landed = self.gradients.landed()
         if not landed and not self.gradients.anything_updated:
             self._refuse_second_step()
-            return  # as torch: no gradient anywhere, nothing to do
-        self.gradients.check_finite(landed)
+            return StepResult(norm=None)  # as torch: no gradient anywhere, nothing to do
+        result = StepResult(norm=self.clipping.norm)
+        try:
+            self.gradients.check_finite(landed)
+        except NumericsError as error:
+            if self.policy.optimizer.nonfinite == "raise":
+                raise
+            return self._skip(dataclasses.replace(result, skipped=True, reason=str(error)))
         self._half_done = True
         updates = {chunk.spec.index: ops for chunk in landed if (ops := self._ops(chunk))}
         for chunk in landed:  # norms and biases stay bound: see [Note: small chunk] in partition.py
@@ -204,10 +213,22 @@ class Session:
         self._engine.end_step()
         self._half_done = False
         self.run.end_step()
+        self._forget_step()
+        return result
+
+    def _skip(self, result: StepResult) -> StepResult:
+        """Drop the gradients. No count moves, so nothing later can tell that they were there."""
+        logger.warning("step skipped: %s", result.reason)
+        self.gradients.zero()
+        self.gradients.end_step()
+        self._engine.end_step()
+        self._forget_step()
+        return result
+
+    def _forget_step(self) -> None:
         if self._attachment is not None:
             self._attachment.checked = False
-        self._scales.clear()
-        self._clipped = False
+        self.clipping.clear()
         self._captured = None
 
     def _refuse_second_step(self) -> None:
@@ -234,8 +255,10 @@ class Session:
         self.gradients.mode_chosen = True
         if self.plan.grads_resident:
             reason = "all gradients fit in RAM, so waiting for them costs nothing"
-        elif self._clipped:
-            reason = "clip_grad_norm_ needs every gradient before the first update"
+        elif self.clipping.needs_all:
+            reason = "clip_grad_norm_ or GradScaler needs every gradient before the first update"
+        elif self.policy.optimizer.nonfinite == "skip":
+            reason = "optimizer.nonfinite: skip needs every gradient before the first update"
         elif self.gradients.num_backwards != 1:
             reason = "gradients accumulate over several backward() calls"
         else:
@@ -247,7 +270,7 @@ class Session:
         """Drop gradients that no step() has taken."""
         self._check_open()
         self.gradients.zero()
-        self._scales.clear()
+        self.clipping.clear()
 
     def _model_zero_grad(self, set_to_none: bool = True) -> None:
         self.zero_grad()
@@ -267,28 +290,21 @@ class Session:
         self, norm_type: float, params: Sequence[torch.Tensor] | None = None
     ) -> torch.Tensor:
         """The norm of the landed gradients (fp32 scalar, CPU), of all parameters or of `params`."""
-        if float(norm_type) != 2.0:
-            raise StateError(f"norm_type {norm_type}: offloaded gradients have a 2-norm only.")
-        places = None if params is None else {self._places[id(p)] for p in params}
-        return torch.tensor(self.gradients.norm(places), dtype=torch.float32)
+        return self.clipping.total_norm(norm_type, params)
 
     def scale_gradients(
         self, params: Sequence[torch.Tensor], max_norm: float, total: torch.Tensor
     ) -> None:
         """clip_grad_norm_'s second half: scale so that `total` becomes at most max_norm."""
-        self._clipped = True
-        coefficient = float(torch.clamp(max_norm / (total.cpu() + 1e-6), max=1.0))
-        if coefficient == 1.0:
-            return
-        if self.gradients.anything_updated:
-            raise StateError(
-                f"clip_grad_norm_: the norm {float(total):.6g} is above {max_norm}, but "
-                "optimizer.update eager has "
-                "applied gradients already. Set optimizer.update: deferred to clip."
-            )
-        for param in params:
-            place = self._places[id(param)]
-            self._scales[place] = self._scales.get(place, 1.0) * coefficient
+        self.clipping.clip(params, max_norm, total)
+
+    def unscale_gradients(self, params: Sequence[torch.Tensor], factor: float) -> bool | None:
+        """Undo GradScaler's factor; whether the gradients are finite, None where none landed."""
+        return self.clipping.unscale(params, factor)
+
+    def expect_scaled_loss(self) -> None:
+        """GradScaler is about to scale a loss, perhaps this model's."""
+        self.clipping.expect_scaled_loss(may_wait=self.policy.optimizer.update == "auto")
 
     # ---- Owner: what routing asks ----
 
@@ -306,26 +322,25 @@ class Session:
         places = [self._places[id(param)] for param in params]
         return [self._engine.chunks[index].num_steps[position] for index, position in places]
 
-    # ---- looking inside ----
-
-    def _chunk_of(self, param: torch.Tensor) -> tuple[Chunk, int]:
-        index, position = self._places[id(param)]
-        return self._engine.chunks[index], position
-
-    def _find(self, name: str) -> tuple[Chunk, int]:
-        for alias, param in self.model.named_parameters(remove_duplicate=False):
-            if alias == name:
-                return self._chunk_of(param)
-        raise StateError(f"the model has no parameter named {name!r}.")
-
-    def grad(self, name: str) -> torch.Tensor:
-        """A copy of the gradient that landed for a parameter since the last step, on the CPU."""
-        return self.gradients.grad(*self._find(name))
-
-    def state(self, name: str) -> dict[str, torch.Tensor]:
-        """Copies of a parameter's planes by name, on the CPU, with pending updates finished."""
+    def torch_state(
+        self, params: Sequence[torch.Tensor], moments: Mapping[str, Plane]
+    ) -> TorchState:
+        """An optimizer's state, to be read or written as torch has it."""
         self._check_open()
-        return self._planes.state(*self._find(name))
+        return TorchState(self._engine, [self._chunk_of(param) for param in params], moments)
+
+    @contextlib.contextmanager
+    def changing_state(self, who: str) -> Iterator[None]:
+        """What changes the tiers outside of a step: all of it, or nothing goes on."""
+        self._check_open()
+        if not self._is_between_steps:
+            raise StateError(f"{who} between backward() and step(): call it after step().")
+        self._half_done = True
+        yield
+        self._half_done = False
+        self._planes.forget()
+
+    # ---- between steps ----
 
     def flush(self) -> None:
         """Finish every pending update, and the commit that waits for it."""
@@ -357,18 +372,6 @@ class Session:
             Path(folder), is_between_steps=self._is_between_steps, wait=wait,
             rate_nbytes=rate_nbytes,
         )  # fmt: skip
-
-    def stats(self) -> StepStats:
-        """Bytes, seconds and stalls of the last finished step."""
-        return self._engine.stats.last
-
-    def memory(self) -> MemoryReport:
-        """Every byte of the slab by arena, the files, and the process."""
-        return memory_report(self.plan, self._engine)
-
-    def trace(self, path: str | Path) -> None:
-        """Write the timeline as Chrome trace JSON, for ui.perfetto.dev."""
-        self.timeline.write_trace(path)
 
     @contextlib.contextmanager
     def gathered(self, what: nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> Iterator[None]:

@@ -35,6 +35,20 @@ class StepStats:
         return {COMPUTE: max(0.0, 1.0 - sum(stalls.values())), **stalls}
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What optimizer.step() has done.
+
+    `norm` is the 2-norm of all gradients of the step, before clipping and as clip_grad_norm_ would
+    return it; None where there were none, and then nothing was done. `skipped` says that a gradient
+    was not finite and nothing was changed, `reason` why.
+    """
+
+    norm: float | None
+    skipped: bool = False
+    reason: str = ""
+
+
 class StatsCounter:
     """Counts during a step; `roll` gives the finished step and starts the next."""
 

@@ -49,6 +49,7 @@ class Device(Protocol):
 
     torch_device: torch.device
     is_host: bool
+    pci_address: str | None  # such as 0000:3b:00.0, for where its memory is near
 
     def register(self, slab: Slab) -> None:
         """Make the slab fit for asynchronous copies."""
@@ -78,6 +79,7 @@ class HostDevice:
     """Compute on the CPU: weights are used where they lie, so nothing is ever copied."""
 
     torch_device = torch.device("cpu")
+    pci_address: str | None = None
     is_host = True
 
     def register(self, slab: Slab) -> None:
@@ -104,6 +106,16 @@ class HostDevice:
         """Nothing to give back."""
 
 
+def _pci_address(properties: Any) -> str | None:
+    """Where a CUDA device is on the bus; releases of torch that do not say give None."""
+    names = ("pci_domain_id", "pci_bus_id", "pci_device_id")
+    parts = [getattr(properties, name, None) for name in names]
+    if None in parts:
+        return None
+    domain, bus, device = parts
+    return f"{domain:04x}:{bus:02x}:{device:02x}.0"
+
+
 class CudaDevice:
     """A CUDA device: one stream per direction beside compute; the slab is registered once."""
 
@@ -113,6 +125,7 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         cuda: Any = torch.cuda  # untyped in part
         self._cuda = cuda
+        self.pci_address = _pci_address(cuda.get_device_properties(index))
         self._h2d_stream = cuda.Stream(self.torch_device)
         self._d2h_stream = cuda.Stream(self.torch_device)
         self._registered: int | None = None
@@ -211,6 +224,7 @@ class StandinDevice:
     """
 
     torch_device = torch.device("cpu")
+    pci_address: str | None = None
     is_host = False
 
     def __init__(self, delay: Callable[[], float] | None = None) -> None:

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 
 from offload import _native
-from offload.io import IoQueue
+from offload.io import IoQueue, on_cpus
 from offload.slots import Region
 
 NUM_TILES = 12  # one computed, the others keep the drive busy both ways
@@ -179,9 +179,10 @@ class UpdatePipeline:
     ) -> None:
         self.tile_numel = tile_numel
         memory = buffer.address, buffer.nbytes
-        self._pipeline = _native.UpdatePipeline(
-            queue.native, NUM_TILES, tile_numel, *memory, "auto", checksum_nbytes
-        )
+        with on_cpus(queue.cpus):
+            self._pipeline = _native.UpdatePipeline(
+                queue.native, NUM_TILES, tile_numel, *memory, "auto", checksum_nbytes
+            )
 
     def submit(
         self,

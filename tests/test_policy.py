@@ -93,7 +93,12 @@ def test_only_the_cpu_budget_is_required() -> None:
             "nvme": None,
         },
         "state": {"format": "exact"},
-        "optimizer": {"kind": "adamw", "update": "auto", "tile_numel": 262144},
+        "optimizer": {
+            "kind": "adamw",
+            "update": "auto",
+            "nonfinite": "raise",
+            "tile_numel": 262144,
+        },
         "activations": {"policy": "auto", "micro_batch": "auto"},
         "durability": "off",
     }
@@ -108,6 +113,7 @@ def test_only_the_cpu_budget_is_required() -> None:
         ("tiers.gpu.device", "cuda:3", "cuda:3"),
         ("tiers.gpu.device", "standin", "standin"),
         ("tiers.gpu.budget", None, None),
+        ("optimizer.nonfinite", "skip", "skip"),
         ("tiers.cpu.budget", 1.0e9, 10**9),
         ("tiers.cpu.budget", "1.5GB", 1_500_000_000),
         ("tiers.cpu.pin", True, True),

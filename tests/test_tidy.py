@@ -18,17 +18,17 @@ LAYERS = {
     name: layer
     for layer, names in enumerate(
         [
-            "errors tier timeline machine forks interrupts smart",
-            "policy formats io slots stats openmp swapfile wear",
+            "errors tier timeline machine forks interrupts smart sizes",
+            "policy formats io slots stats openmp swapfile wear numa",
             "runfolder",
-            "store update calibrate",
+            "store update calibrate moments",
             "chunk schedule manifest",
             "plan transfer jobs runfiles",
             "residence inflight routing homes stepreader",
             "engine checkpointfile",
-            "landing planes materialise export report pretrained optim progress commit meter",
-            "hooks recovery runs checkpoint",
-            "blocks opening runstate restore offline",
+            "landing planes materialise export report pretrained progress commit meter windows",
+            "hooks recovery runs checkpoint optimstate clipping",
+            "blocks opening runstate restore offline optim inspection",
             "partition",
             "attach",
             "session",
