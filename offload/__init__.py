@@ -30,12 +30,16 @@ if TYPE_CHECKING:
 
     from offload.optim import SGD, AdamW, Lion
     from offload.plan import Plan
+    from offload.scale import SCALE
     from offload.session import Session
+    from offload.torchoptim import Torch
 
 __version__ = "0.1.0"
 PolicySource = str | Path | Mapping[str, object] | OffloadPolicy
 _AT_FIRST_USE = {
     "AdamW": "offload.optim",
+    "SCALE": "offload.scale",
+    "Torch": "offload.torchoptim",
     "Lion": "offload.optim",
     "Plan": "offload.plan",
     "SGD": "offload.optim",
@@ -93,10 +97,12 @@ __all__ = [
     "OffloadPolicy",
     "Plan",
     "PolicyError",
+    "SCALE",
     "SGD",
     "Session",
     "StateError",
     "StorageError",
+    "Torch",
     "load_policy",
     "load_pretrained",
     "offload",

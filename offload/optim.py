@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from offload.chunk import Chunk
+from offload.chunk import Chunk, Ops
 from offload.errors import StateError
 from offload.routing import Owner, owner_of
-from offload.update import AdamWOp, LionOp, Op, SGDOp
+from offload.update import AdamWOp, LionOp, Op, SGDOp, pack_ops
 
 _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 
@@ -87,6 +87,14 @@ class TierOptimizer(torch.optim.Optimizer):
             }
             ops.append(self._op(group, common))
         return ops
+
+    def update_of(
+        self, chunk: Chunk, positions: Iterable[int], scales: dict[tuple[int, int], float]
+    ) -> Ops | None:
+        """The update of a chunk as the engine takes it; None where none of it is this optimizer's.
+        Counts steps as ops_for does.
+        """
+        return pack_ops(self.ops_for(chunk, positions, scales)) or None
 
     def hyperparameters(self) -> list[tuple[Any, ...]]:
         """What eager updates captured during backward must still be true at step()."""

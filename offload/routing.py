@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from offload.errors import StateError
+from offload.spec import ParamSpec
 
 _clip_grad: types.ModuleType = importlib.import_module("torch.nn.utils.clip_grad")
 _utils: types.ModuleType = importlib.import_module("torch.nn.utils")
@@ -28,6 +29,8 @@ class Owner(Protocol):
     """What an optimizer and the clipping functions need of an offloaded model."""
 
     def owns(self, param: torch.Tensor) -> bool: ...
+
+    def spec_of(self, param: torch.Tensor) -> ParamSpec: ...
 
     def has_gradients(self) -> bool: ...
 

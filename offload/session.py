@@ -16,7 +16,7 @@ from torch import nn
 from offload import forks, materialise, routing
 from offload.attach import Attachment
 from offload.checkpoint import Checkpoint
-from offload.chunk import Chunk
+from offload.chunk import Chunk, Ops
 from offload.errors import StateError
 from offload.export import export_model
 from offload.formats import state_format
@@ -40,10 +40,10 @@ from offload.recovery import Recovered, adopt
 from offload.report import MemoryReport, memory_report
 from offload.restore import restore
 from offload.runstate import RunState
+from offload.spec import ParamSpec
 from offload.stats import StepStats
 from offload.timeline import Timeline
 from offload.transfer import Device, make_device
-from offload.update import pack_ops
 
 logger = logging.getLogger("offload")
 TIMELINE_CAPACITY = 200_000
@@ -72,7 +72,7 @@ class Session:
         self._clipped = False
         self.recovered: Recovered | None = None
         routing.refuse_twice(model.parameters())
-        parts = partition(model)
+        parts = partition(model, policy.optimizer)
         materialise.check_source(model, weights)
         self.timeline = Timeline(TIMELINE_CAPACITY)
         self.device = device or make_device(policy.tiers.gpu.device)
@@ -167,13 +167,14 @@ class Session:
         self._optimizer = optimizer
         self.gradients.ops_of = self._eager_ops
 
-    def _eager_ops(self, chunk: Chunk) -> bytes:
+    def _eager_ops(self, chunk: Chunk) -> Ops | None:
         self._captured = self._captured or self._optimizer.hyperparameters()
         return self._ops(chunk)
 
-    def _ops(self, chunk: Chunk) -> bytes:
+    def _ops(self, chunk: Chunk) -> Ops | None:
         landed = chunk.gradient.sum_squares if chunk.gradient is not None else {}
-        return pack_ops(self._optimizer.ops_for(chunk, landed, self._scales))
+        ops: Ops | None = self._optimizer.update_of(chunk, landed, self._scales)
+        return ops
 
     def optimizer_step(self, optimizer: Any) -> None:
         """Turn what has landed into pending updates. See [Note: updates] in engine.py."""
@@ -294,6 +295,10 @@ class Session:
 
     def owns(self, param: torch.Tensor) -> bool:
         return id(param) in getattr(self, "_places", {})
+
+    def spec_of(self, param: torch.Tensor) -> ParamSpec:
+        chunk, position = self._chunk_of(param)
+        return chunk.spec.params[position]
 
     def note_loss(self, *, finite: bool) -> None:
         """Backward runs from a loss that is not finite, or is over."""

@@ -18,16 +18,16 @@ LAYERS = {
     name: layer
     for layer, names in enumerate(
         [
-            "errors tier timeline machine forks interrupts smart",
-            "policy formats io slots stats openmp swapfile wear",
-            "runfolder",
-            "store update calibrate",
-            "chunk schedule manifest",
-            "plan transfer jobs runfiles",
-            "residence inflight routing homes stepreader",
+            "errors tier timeline machine forks interrupts smart scale",
+            "formats io slots stats openmp swapfile wear sizes torchstate",
+            "policy runfolder",
+            "store update calibrate spec",
+            "chunk schedule manifest transfer space",
+            "plan inflight jobs runfiles torchstep",
+            "residence updates routing homes stepreader",
             "engine checkpointfile",
             "landing planes materialise export report pretrained optim progress commit meter",
-            "hooks recovery runs checkpoint",
+            "hooks recovery runs checkpoint torchoptim",
             "blocks opening runstate restore offline",
             "partition",
             "attach",
@@ -328,7 +328,7 @@ def test_rule_catches(rule: Rule, text: str, num_problems: int) -> None:
     [
         ("errors", "import offload.policy", "layer 0"),
         ("policy", "def f():\n    from offload.engine import Engine", f"layer {LAYERS['engine']}"),
-        ("policy", "from offload import io", "layer 1"),
+        ("policy", "from offload import runfolder", "layer 2"),
         ("store", "from .chunk import Chunk", "layer 3"),
         ("store", "from . import chunk", "layer 3"),
         ("engine", "import offload", f"layer {LAYERS['__init__']}"),
