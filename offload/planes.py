@@ -120,12 +120,12 @@ class PlaneReader:
         param, fmt = chunk.spec.params[position], self._engine.plan.fmt
         planes = {}
         for plane in chunk.spec.state_planes(fmt):
+            items = self._read(chunk, plane)
             if plane is Plane.TORCH_STATE:
-                items = self._read(chunk, plane) if param.state else None
-                for entry in param.state if items is not None else ():
+                for entry in param.state:
                     planes[f"{plane.value}.{entry.name}"] = entry.view(items).clone()
                 continue
-            piece = self._read(chunk, plane)[fmt.items(plane, param.offset, param.numel)]
+            piece = items[fmt.items(plane, param.offset, param.numel)]
             planes[plane.value] = piece if plane in SCALE_PLANES else piece.view(param.shape)
         return planes
 
