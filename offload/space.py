@@ -11,7 +11,7 @@ from offload.spec import ChunkSpec
 from offload.swapfile import ALIGN_NBYTES
 
 _CLASS_RATIO = 0.6  # a chunk joins the class of a larger one if it fills this share of the slot
-TORCH_TEMPORARIES = 4  # of a parameter, in fp32: the most that torch allocates in its step
+TORCH_TEMPORARIES = 3  # of a parameter, in fp32: the most that torch allocates in its step
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,16 @@ def scratch_nbytes(
 
 
 def beside_nbytes(specs: Sequence[ChunkSpec], fmt: StateFormat) -> int:
-    """What torch allocates for itself in the step of one parameter, at most."""
-    return TORCH_TEMPORARIES * _largest_param_nbytes(specs) if _steps_in_torch(fmt) else 0
+    """What torch allocates for itself in the step of one parameter, at most: temporaries, and in
+    its first step the state, which is then copied to its plane.
+    """
+    if not _steps_in_torch(fmt):
+        return 0
+    params = [p for s in specs if s.trainable for p in s.params]
+    return max(
+        TORCH_TEMPORARIES * 4 * p.numel + 4 * sum(entry.num_items for entry in p.state)
+        for p in params
+    )
 
 
 def state_itemsize(specs: Sequence[ChunkSpec], fmt: StateFormat) -> float:
