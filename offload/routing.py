@@ -135,7 +135,7 @@ def _refuse_foreign_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: An
             raise StateError(
                 f"{type(optimizer).__name__}.step() on offloaded parameters would train nothing, "
                 "because their gradients and state are in the tiers. Use "
-                "offload.AdamW(model.parameters(), ...)."
+                "offload.AdamW(model.parameters(), ...), or offload.Torch for this class."
             )
 
 

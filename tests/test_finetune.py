@@ -23,6 +23,7 @@ from offload.data import package_folder
 from offload.errors import NumericsError, PolicyError
 from offload.finetune import make_optimizer, rate_share, run
 from offload.jobconfig import FinetuneConfig, TrainSection, load_finetune
+from offload.policy import OptimizerPolicy
 from offload.progress import Reporter
 
 transformers = pytest.importorskip("transformers")
@@ -330,7 +331,7 @@ def test_the_job_makes_the_optimizer_of_the_policy(
         record = functools.partial(lambda who, groups, **hyper: made.append((who, hyper)), name)
         monkeypatch.setattr(offload, name, record, raising=False)
     train = TrainSection(steps=1, lr=0.5)
-    make_optimizer(torch.nn.Linear(2, 2), train, kind)
+    make_optimizer(torch.nn.Linear(2, 2), train, OptimizerPolicy(kind=kind))
     want = {
         "adamw": ("AdamW", {"lr": 0.5, "betas": train.betas}),
         "sgd": ("SGD", {"lr": 0.5, "momentum": train.betas[0]}),
