@@ -338,3 +338,13 @@ def test_the_job_makes_the_optimizer_of_the_policy(
         "lion": ("Lion", {"lr": 0.5, "betas": train.betas}),
     }
     assert made == [want[kind]]
+
+
+def test_the_job_makes_a_torch_optimizer_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        offload, "Torch", lambda cls, groups, **hyper: made.append((cls, hyper)), raising=False
+    )
+    policy = OptimizerPolicy(kind="torch", name="RMSprop", options={"momentum": 0.9})
+    make_optimizer(torch.nn.Linear(2, 2), TrainSection(steps=1, lr=0.5), policy)
+    assert made == [(torch.optim.RMSprop, {"lr": 0.5, "momentum": 0.9})]

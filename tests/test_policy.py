@@ -93,7 +93,13 @@ def test_only_the_cpu_budget_is_required() -> None:
             "nvme": None,
         },
         "state": {"format": "exact"},
-        "optimizer": {"kind": "adamw", "update": "auto", "tile_numel": 262144},
+        "optimizer": {
+            "kind": "adamw",
+            "name": None,
+            "options": {},
+            "update": "auto",
+            "tile_numel": 262144,
+        },
         "activations": {"policy": "auto", "micro_batch": "auto"},
         "durability": "off",
     }
