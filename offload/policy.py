@@ -28,6 +28,7 @@ from pydantic_core import ErrorDetails
 
 from offload.errors import PolicyError
 from offload.sizes import NBYTES_MAX as NBYTES_MAX
+from offload.sizes import FrozenOptions
 from offload.sizes import format_nbytes as format_nbytes
 from offload.sizes import parse_nbytes as parse_nbytes
 from offload.sizes import short_nbytes as short_nbytes
@@ -241,7 +242,7 @@ class OptimizerPolicy(Section):
         description=f"with kind torch, and only there: one of {', '.join(TORCH_NAMES)}",
     )
     options: dict[str, Any] = Field(
-        default={},
+        default=FrozenOptions(),
         description="with kind torch: a mapping of the optimizer's arguments that decide which "
         "state it keeps, such as {momentum: 0.9, centered: true}",
     )
@@ -275,7 +276,7 @@ class OptimizerPolicy(Section):
     def _options_need_a_name(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         if value and info.data.get("kind") != "torch":
             raise ValueError(f"{_show(value)} needs optimizer.kind: torch")
-        return value
+        return FrozenOptions(value)
 
 
 class ActivationsPolicy(Section):

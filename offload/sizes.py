@@ -1,10 +1,11 @@
-"""Sizes as people write and read them, and values as messages show them."""
+"""Values as people write and read them: sizes, options, what messages show."""
 
 from __future__ import annotations
 
 import re
 import reprlib
 from fractions import Fraction
+from typing import Any
 
 from offload.errors import PolicyError
 
@@ -16,6 +17,13 @@ _UNITS = {"": 1, "b": 1, **_DECIMAL, **_BINARY}
 _SIZE = re.compile(r"\s*([0-9]{1,20}(\.[0-9]{1,20})?([eE]\+?[0-9]{1,2})?)\s*([A-Za-z]*)\s*")
 _REPR = reprlib.Repr()  # values in messages, cut at a readable length
 _REPR.maxstring = _REPR.maxother = 120
+
+
+class FrozenOptions(dict[str, Any]):
+    """A mapping of plain values that may be part of something hashable; nobody changes it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(sorted(self.items())))
 
 
 def show(value: object) -> str:

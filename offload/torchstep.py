@@ -18,7 +18,7 @@ import torch
 from offload.chunk import ChunkSpec, ParamSpec
 from offload.errors import StateError
 from offload.formats import Plane, join_master, split_master
-from offload.torchstate import make_part, plain_torch
+from offload.torchstate import make_part
 
 Planes = Mapping[Plane, torch.Tensor]  # flat, in their own dtypes
 
@@ -45,9 +45,8 @@ class TorchStep:
         """Take the step on the chunk's planes, in place. `work` is fp32 memory: two of the largest
         parameter where the weight plane is not the master itself. Consumes the gradient.
         """
-        with plain_torch():
-            for step in self.steps:
-                self._apply(step, self.spec.params[step.position], planes, work)
+        for step in self.steps:
+            self._apply(step, self.spec.params[step.position], planes, work)
 
     def _apply(self, step: ParamStep, param: ParamSpec, planes: Planes, work: torch.Tensor) -> None:
         place = slice(param.offset, param.offset + param.numel)

@@ -19,7 +19,7 @@ from offload.plan import SCRATCH, Plan
 from offload.slots import Region, Slab
 from offload.stats import UPDATE
 from offload.store import ChunkStore, Extent
-from offload.torchstate import ITEM_DTYPE
+from offload.torchstate import ITEM_DTYPE, plain_torch
 from offload.update import apply_in_ram
 
 
@@ -72,7 +72,7 @@ class Updates:
             addresses = [0 if argument is None else argument.address for argument in arguments]
             apply_in_ram(self._fmt.native_code, chunk.spec.numel, addresses, ops)
             return
-        with held():
+        with held(), plain_torch():
             try:
                 self._step(chunk, ops, self._homes(chunk, fresh=False))
             except BaseException as error:
@@ -82,7 +82,9 @@ class Updates:
     # ---- steps on whole planes ----
 
     def _run(self, chunk: Chunk, step: PlaneStep, finish: Finish, *, fresh: bool) -> None:
-        with held():  # a Ctrl-C in the middle would leave planes half old and half new
+        # A Ctrl-C in the middle would leave planes half old and half new; views that are made in
+        # the inference mode of a forward could not be written.
+        with held(), plain_torch():
             try:
                 homes = self._homes(chunk, fresh=fresh)
                 reads = [(home.read, home.memory) for home in homes.values()]

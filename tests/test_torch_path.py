@@ -46,9 +46,9 @@ from offload.swapfile import SWAP_NAME
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("case", CASES[:4], ids=str)
+@pytest.mark.parametrize("case", [CENTERED, SCALE], ids=str)
 def test_training_has_torchs_bits_wherever_the_planes_lie(case: Case, nvme_dir: Path) -> None:
-    check(case, "exact", nvme_dir, IN_RAM, MIXED, recipe=RECIPE)
+    check(case, "exact", nvme_dir, MIXED, recipe=RECIPE)
 
 
 def test_in_fp32_too(nvme_dir: Path) -> None:
@@ -86,7 +86,7 @@ def test_clipping_accumulation_groups_and_what_is_frozen(case: Case, nvme_dir: P
         steps=4, accumulation=2, clip=0.5, groups=case is CENTERED, scheduler=True,
         freeze=("model.layers.1", "model.layers.2.self_attn"),
     )  # fmt: skip
-    check(case, "exact", nvme_dir, MIXED, recipe=recipe)
+    check(case, "exact", nvme_dir, recipe=recipe)
 
 
 def test_a_parameter_without_a_gradient_is_left_alone(nvme_dir: Path) -> None:

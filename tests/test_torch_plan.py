@@ -42,7 +42,7 @@ def test_the_plan_counts_the_plane_and_the_scratch(nvme_dir: Path) -> None:
             assert engine.memory().arenas[SCRATCH] == terms[SCRATCH]
     kept = {name: plan.state_nbytes / (4 * numel) - 4 for name, plan in plans.items()}
     assert kept["SGD"] == 0 and "(4 B/param)" in str(plans["SGD"])
-    assert 8 < kept["NAdam"] < 8.1
+    assert 8 < kept["NAdam"] < 8.2
     assert 0 < kept["Adafactor"] < 0.2
 
 
