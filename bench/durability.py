@@ -3,29 +3,35 @@
 
     python bench/durability.py --model 350m --dir /mnt/nvme/bench
 
-Each round trains the same model once with every setting, in a process of its own; ratios are taken
-within a round. `nvme` keeps every plane on the drive, where a commit has nothing to write but the
-manifest; `pinned` lets planes rest in RAM, which a commit then has to write.
+The same model is trained once with every setting, all in one process: a few steps of one setting,
+then of the next, round after round, because the speed of a drive drifts within minutes. What a turn
+leaves to do (updates, its last commit) is waited for inside it. Ratios are taken within a round.
+`nvme` keeps every plane on the drive, where a commit has nothing to write but the manifest;
+`pinned` lets planes rest in RAM, which a commit then has to write.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).with_name("_peers")))
 
 import _train_report
-from launch import run_worker
+import torch
+from engine_offload import OffloadTrainer, start
 from models import MODELS
 from train import hide_paths, make_policy
+from worker import disk_bytes
 
 SETTINGS: dict[str, list[str]] = {
     "plain": ["tiers.nvme.checksum=false", "durability=off"],
@@ -42,12 +48,10 @@ Rows = dict[
 def main() -> int:
     options = parse_options()
     options.dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
     rows: Rows = {}
-    for index in range(options.rounds):
-        for placement in options.placements:
-            names = list(SETTINGS)
-            for name in names[index % len(names) :] + names[: index % len(names)]:
-                rows.setdefault((placement, name), []).append(run_once(placement, name, options))
+    for placement in options.placements:
+        run_placement(placement, options, rows)
     command = f"`python bench/durability.py {shlex.join(sys.argv[1:])}`"
     facts = _train_report.collect_facts(options.dir, "") | {"command": command}
     text = hide_paths(render(rows, facts, options), options)
@@ -63,8 +67,8 @@ def parse_options() -> argparse.Namespace:
     add("--model", choices=MODELS, default="tiny")
     add("--seq", type=int, default=256)
     add("--batch", type=int, default=1)
-    add("--steps", type=int, default=8, help="timed steps of a run, after one that is dropped")
-    add("--rounds", type=int, default=3)
+    add("--steps", type=int, default=4, help="steps of a turn")
+    add("--rounds", type=int, default=4, help="turns of every setting, after one that is dropped")
     add("--placements", default="nvme,pinned")
     add("--dir", type=Path, default=Path("build/bench"))
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -76,27 +80,46 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def run_once(placement: str, setting: str, options: argparse.Namespace) -> tuple[float, float]:
-    """Seconds and bytes written per step of one run, the commit of the last step included."""
+def run_placement(placement: str, options: argparse.Namespace, rows: Rows) -> None:
+    """Train with every setting in turns."""
+    with contextlib.ExitStack() as stack:
+        trainers = {name: make(placement, name, options, stack) for name in SETTINGS}
+        names = list(SETTINGS)
+        for index in range(-1, options.rounds):
+            shift = index % len(names)
+            for name in names[shift:] + names[:shift]:
+                seconds, written = take_turn(trainers[name], options)
+                if index < 0:
+                    continue  # fresh files and memory
+                print(f"{placement}, {name}: {seconds:.3f} s/step, {written / 1e9:.2f} GB written",
+                      file=sys.stderr, flush=True)  # fmt: skip
+                rows.setdefault((placement, name), []).append((seconds, written))
+
+
+def make(
+    placement: str, setting: str, options: argparse.Namespace, stack: contextlib.ExitStack
+) -> OffloadTrainer:
+    """A trainer on a fresh folder; the stack takes both away."""
     scratch = Path(tempfile.mkdtemp(dir=options.dir))
+    stack.callback(shutil.rmtree, scratch)
     pins = placement == "pinned"
-    job: dict[str, Any] = {"engine": "offload", "dir": str(scratch), "threads": options.threads}
-    job |= {"model": options.model, "num_params": MODELS[options.model].num_params()}
-    job |= {"seq": options.seq, "batch": options.batch, "steps": options.steps}
-    job |= {"policy": make_policy(BUDGETS[options.model][pins], "auto" if pins else "false")}
-    job |= {"overrides": SETTINGS[setting]}
-    try:
-        outcome = run_worker(job, Path(sys.executable), timeout_s=1800)
-    finally:
-        shutil.rmtree(scratch)
-        os.sync()
-    if "error" in outcome:
-        raise SystemExit(f"{placement}, {setting}: {outcome['error']}")
-    steps = outcome["steps"][1:]
-    seconds = statistics.fmean(step["total"] for step in steps)
-    written = statistics.fmean(step["write"] for step in steps)
-    print(f"{placement}, {setting}: {seconds:.3f} s/step, {written / 1e9:.2f} GB written")
-    return seconds, written
+    job: dict[str, Any] = {"dir": str(scratch), "model": options.model}
+    job["policy"] = make_policy(BUDGETS[options.model][pins], "auto" if pins else "false")
+    trainer = start(job | {"overrides": SETTINGS[setting]})
+    stack.callback(trainer.close)
+    return trainer
+
+
+def take_turn(trainer: OffloadTrainer, options: argparse.Namespace) -> tuple[float, float]:
+    """Seconds and bytes written per step, the commit of the last step included."""
+    before, begin = disk_bytes()["write"], time.perf_counter()
+    for _ in range(options.steps):
+        tokens = torch.randint(0, 1000, (options.batch, options.seq))
+        trainer.backward(trainer.forward(tokens))
+        trainer.update()
+    trainer.finish()
+    seconds = time.perf_counter() - begin
+    return seconds / options.steps, (disk_bytes()["write"] - before) / options.steps
 
 
 def render(rows: Rows, facts: dict[str, str], options: argparse.Namespace) -> str:

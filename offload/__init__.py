@@ -30,13 +30,17 @@ if TYPE_CHECKING:
 
     from offload.optim import SGD, AdamW, Lion
     from offload.plan import Plan
+    from offload.scale import SCALE
     from offload.session import Session
     from offload.stats import StepResult
+    from offload.torchoptim import Torch
 
 __version__ = "0.1.0"
 PolicySource = str | Path | Mapping[str, object] | OffloadPolicy
 _AT_FIRST_USE = {
     "AdamW": "offload.optim",
+    "SCALE": "offload.scale",
+    "Torch": "offload.torchoptim",
     "Lion": "offload.optim",
     "Plan": "offload.plan",
     "SGD": "offload.optim",
@@ -95,11 +99,13 @@ __all__ = [
     "OffloadPolicy",
     "Plan",
     "PolicyError",
+    "SCALE",
     "SGD",
     "Session",
     "StateError",
     "StepResult",
     "StorageError",
+    "Torch",
     "load_policy",
     "load_pretrained",
     "offload",

@@ -1,95 +1,21 @@
-"""A chunk: the parameters that move together, its frozen facts and its mutable state."""
+"""A chunk: the parameters that move together, and their mutable state."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 
 from offload.errors import StateError
-from offload.formats import NUMEL_MULTIPLE, Plane, StateFormat
-from offload.slots import Region, Slot, round_up
+from offload.formats import Plane
+from offload.slots import Region, Slot
+from offload.spec import ChunkSpec as ChunkSpec
+from offload.spec import ParamSpec as ParamSpec
+from offload.spec import make_spec as make_spec
 from offload.store import PlaneExtents
 from offload.tier import TRANSITIONS, DeviceEvent, Residency
-
-_PARAM_MULTIPLE = 64  # elements; weights start on a cache line in every dtype, and groups with them
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ParamSpec:
-    """One parameter's place in its chunk; `offset` and `numel` in elements."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    numel: int
-    trainable: bool
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ChunkSpec:
-    """Frozen facts of a chunk. `numel` counts padding, and is a multiple of 4096.
-
-    `is_small` marks the chunk of the many little tensors, whose weights always stay in RAM.
-    """
-
-    index: int
-    name: str
-    params: tuple[ParamSpec, ...]
-    numel: int
-    is_block: bool
-    is_small: bool = False
-
-    @property
-    def trainable(self) -> bool:
-        return any(param.trainable for param in self.params)
-
-    @property
-    def num_params(self) -> int:
-        """Parameters in the usual sense: elements without padding."""
-        return sum(param.numel for param in self.params)
-
-    def nbytes(self, plane: Plane, fmt: StateFormat) -> int:
-        return fmt.nbytes(plane, self.numel)
-
-    def aligned(self, fmt: StateFormat) -> ChunkSpec:
-        """The same chunk with the padding that a format's planes want."""
-        return dataclasses.replace(self, numel=round_up(self.numel, fmt.numel_multiple))
-
-    def state_planes(self, fmt: StateFormat) -> tuple[Plane, ...]:
-        """A chunk without trainable parameters needs its weight plane only."""
-        return fmt.state_planes if self.trainable else (Plane.WEIGHT,)
-
-
-def make_spec(
-    index: int,
-    name: str,
-    params: Sequence[tuple[str, torch.Size, bool]],
-    *,
-    is_block: bool,
-    is_small: bool = False,
-) -> ChunkSpec:
-    """Lay (name, shape, trainable) out one behind the other."""
-    offset, placed = 0, []
-    for param_name, shape, trainable in params:
-        spec = ParamSpec(
-            name=param_name,
-            shape=tuple(shape),
-            offset=offset,
-            numel=shape.numel(),
-            trainable=trainable,
-        )
-        placed.append(spec)
-        offset = round_up(offset + spec.numel, _PARAM_MULTIPLE)
-    return ChunkSpec(
-        index=index,
-        name=name,
-        params=tuple(placed),
-        numel=round_up(max(offset, 1), NUMEL_MULTIPLE),
-        is_block=is_block,
-        is_small=is_small,
-    )
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -110,11 +36,23 @@ class Gradient:
     )  # the backward that landed last
 
 
+class PlaneStep(Protocol):
+    """An optimizer step that wants all planes of a chunk in memory at once."""
+
+    def apply(self, planes: Mapping[Plane, torch.Tensor], work: torch.Tensor) -> None:
+        """Take the step, in place; `work` is fp32 memory that the plan has for it."""
+
+
+Ops = bytes | PlaneStep
+
+
 @dataclasses.dataclass(eq=False, slots=True)
 class Update:
-    """A pending optimizer step of one chunk: kept at the latest by the chunk's next fetch."""
+    """A pending optimizer step of one chunk: kept at the latest by the chunk's next fetch. `ops` is
+    what the native worker reads, or a step on whole planes.
+    """
 
-    ops: bytes
+    ops: Ops
     started: bool = False
 
 

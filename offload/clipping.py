@@ -90,6 +90,18 @@ class Clipping:
                 "bf16 does not need."
             )
 
+    def why_wait(self, *, resident: bool, skips: bool) -> str:
+        """Why updates wait for all gradients of a step like this one; empty where they need not."""
+        if resident:
+            return "all gradients fit in RAM, so waiting for them costs nothing"
+        if self.needs_all:
+            return "clip_grad_norm_ or GradScaler needs every gradient before the first update"
+        if skips:
+            return "optimizer.nonfinite: skip needs every gradient before the first update"
+        if self._gradients.num_backwards != 1:
+            return "gradients accumulate over several backward() calls"
+        return ""
+
     def scale(self, params: Iterable[torch.Tensor], factor: float) -> None:
         """Multiply the landed gradients of `params`."""
         for param in params:

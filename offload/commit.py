@@ -317,6 +317,7 @@ def param_records_of(spec: ChunkSpec) -> tuple[ParamRecord, ...]:
             offset=param.offset,
             numel=param.numel,
             trainable=param.trainable,
+            state=tuple(map(str, param.state)),
         )
         for param in spec.params
     )

@@ -21,13 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from offload import io
-from offload.chunk import Chunk, Update
+from offload.chunk import Chunk, Ops, Update
 from offload.errors import StateError
 from offload.formats import Plane
 from offload.homes import PlaneKey, allocate_extents, carve_pinned
 from offload.inflight import Finish, InFlight
 from offload.io import IoQueue, Limits
-from offload.jobs import plane_arguments
 from offload.plan import Plan
 from offload.residence import Residence
 from offload.schedule import Schedule, default_order
@@ -37,7 +36,8 @@ from offload.store import ChunkStore, Extent, PlaneExtents
 from offload.tier import DeviceEvent, Link, Residency
 from offload.timeline import Timeline
 from offload.transfer import Device
-from offload.update import UpdatePipeline, apply_in_ram
+from offload.update import UpdatePipeline
+from offload.updates import Updates, carve_scratch
 
 PREFETCH_DISTINCT = 4  # how many chunks ahead of use the engine looks for something to start
 _CAUSES = {
@@ -80,6 +80,7 @@ class Engine:
         self.store = store
         self.lock = threading.RLock()
         tiles = slab.carve("update tiles", plan.tile_nbytes)
+        scratch = carve_scratch(plan, slab)
         self.residence = Residence(plan, self.chunks, slab, device, self.schedule, poison=poison)
         carve_pinned(plan, self.chunks, slab, device.torch_device)
         if store is not None:
@@ -98,6 +99,7 @@ class Engine:
             queue.close()
             raise
         self._flight = InFlight(queue, pipeline, timeline, store)
+        self._updates = Updates(self._flight, plan, store, scratch)
 
     # ---- use: the only place where training waits ----
 
@@ -170,7 +172,9 @@ class Engine:
         if self._ready(chunk) or chunk.residency in _CAUSES:
             return True
         if chunk.update is not None:
-            return self._start_update(chunk, keep=True, demand=demand)
+            if not self._start_update(chunk, keep=True, demand=demand):
+                return False
+            return chunk.update is not None or self.fetch(chunk, demand=demand)
         if chunk.residency is Residency.NVME:
             return self._start_read(chunk, demand=demand)
         return self._start_upload(chunk, demand=demand)
@@ -265,10 +269,8 @@ class Engine:
 
     # ---- updates ----
 
-    def set_updates(self, updates: Mapping[int, bytes]) -> None:
-        """Leave an Update on each chunk of `updates` (native op records), and start those that can
-        start.
-        """
+    def set_updates(self, updates: Mapping[int, Ops]) -> None:
+        """Leave an Update on each chunk of `updates`, and start those that can start."""
         with self.lock:
             self.check_alive()
             self.before_change()
@@ -278,7 +280,7 @@ class Engine:
                 if self.chunks[index].update is not None:
                     self.fetch(self.chunks[index], demand=False)
 
-    def update_in_place(self, index: int, ops: bytes) -> None:
+    def update_in_place(self, index: int, ops: Ops) -> None:
         """Update the small chunk here and now: it is little, it lies in RAM, and it stays bound."""
         self.before_change()
         chunk = self.chunks[index]
@@ -286,15 +288,13 @@ class Engine:
         if on_device:
             self.leave(index)
             self._release_device(chunk)
-        arguments = plane_arguments(chunk, self.plan.fmt, self.store, fresh=False)
-        addresses = [0 if argument is None else argument.address for argument in arguments]
-        apply_in_ram(self.plan.fmt.native_code, chunk.spec.numel, addresses, ops)
+        self._updates.apply(chunk, ops)
         self._changed(chunk)
         self.release_gradient(chunk)
         if on_device:
             self.enter(index, record=False)
 
-    def update_now(self, index: int, ops: bytes) -> None:
+    def update_now(self, index: int, ops: Ops) -> None:
         """Start the update of a chunk whose gradient is complete (eager)."""
         self.before_change()
         chunk = self.chunks[index]
@@ -324,13 +324,9 @@ class Engine:
                 return False
         for extents in chunk.extents.values():
             self.before_overwrite(extents.target)
-        planes = plane_arguments(chunk, self.plan.fmt, self.store, fresh=fresh)
         update.started = True
         chunk.to(Residency.UPDATING)
-        self._flight.start_update(
-            chunk.name, self.plan.fmt.native_code, chunk.spec.numel, planes, update.ops,
-            self._finish_update(chunk), write_all=chunk.has_versions,
-        )  # fmt: skip
+        self._updates.start(chunk, update.ops, self._finish_update(chunk), fresh=fresh)
         return True
 
     def _finish_update(self, chunk: Chunk) -> Finish:
@@ -375,9 +371,10 @@ class Engine:
                 while chunk.residency in _CAUSES:
                     self.block(_CAUSES.get(chunk.residency, UPDATE))
                 self._start_update(chunk, keep=False, demand=True)
-            if not wait:
+            elif wait:
+                self.block(UPDATE)
+            else:
                 return
-            self.block(UPDATE)
 
     def invalidate(self, chunk: Chunk) -> None:
         """Forget every copy of a chunk's weights but the one at rest, which will be written."""

@@ -29,12 +29,13 @@ from offload.jobconfig import (
 )
 from offload.loss import next_token_loss
 from offload.openmp import limit_threads
-from offload.policy import OffloadPolicy, short_nbytes
+from offload.policy import OffloadPolicy, OptimizerPolicy, short_nbytes
 from offload.progress import Bar, JsonlLog, Reporter
 from offload.runfolder import is_manifest
 from offload.runs import remove
 from offload.sources import ModelSource, build_on_meta, open_source, quiet_transformers, run_child
 from offload.swapfile import MANIFEST_NAME
+from offload.torchstate import optimizer_class
 
 LOG_NAME = "log.jsonl"
 SCRATCH_NAME = ".partial"  # holds a model until it is whole and has been loaded back
@@ -239,7 +240,7 @@ class _Job:
     def _train(self, engine: Any, batches: Batches, log: JsonlLog) -> int:
         """Train and return how many steps were done: all, or those up to Ctrl-C."""
         train = self.train
-        optimizer = make_optimizer(engine.model, train, self.config.optimizer.kind)
+        optimizer = make_optimizer(engine.model, train, self.config.optimizer)
         first = engine.run.num_steps
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda i: rate_share(first + i, train)
@@ -340,14 +341,21 @@ def meta_model(source: ModelSource, policy: OffloadPolicy) -> torch.nn.Module:
     return model
 
 
-def make_optimizer(model: torch.nn.Module, train: TrainSection, kind: str) -> Any:
-    """The optimizer with weight decay on matrices only; of SGD, the first beta is its momentum."""
+def make_optimizer(model: torch.nn.Module, train: TrainSection, policy: OptimizerPolicy) -> Any:
+    """The optimizer with weight decay on matrices only; of SGD, the first beta is its momentum. One
+    of torch takes its other arguments from optimizer.options.
+    """
+    kind = policy.kind
     wanted = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in wanted if p.dim() >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in wanted if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
+    if kind == "torch":
+        return offload.Torch(
+            optimizer_class(str(policy.name)), groups, **{"lr": train.lr, **policy.options}
+        )
     if kind == "sgd":
         return offload.SGD(groups, lr=train.lr, momentum=train.betas[0])
     make = offload.Lion if kind == "lion" else offload.AdamW

@@ -27,7 +27,7 @@ from offload import _native
 
 
 class Plane(enum.Enum):
-    """One array of a chunk; all planes are elementwise parallel, scales group by group."""
+    """One array of a chunk; all but TORCH_STATE are elementwise parallel, scales by groups."""
 
     WEIGHT = "weight"
     RESIDUE = "residue"
@@ -35,21 +35,23 @@ class Plane(enum.Enum):
     EXP_AVG_SQ = "exp_avg_sq"
     EXP_AVG_SCALE = "exp_avg_scale"
     EXP_AVG_SQ_SCALE = "exp_avg_sq_scale"
+    TORCH_STATE = "torch_state"  # what a torch optimizer keeps; see [Note: torch state]
     GRAD = "grad"
     GRAD_LO = "grad_lo"
 
 
 SQUARES_PLANES = (Plane.EXP_AVG_SQ, Plane.EXP_AVG_SQ_SCALE)
 SCALE_PLANES = (Plane.EXP_AVG_SCALE, Plane.EXP_AVG_SQ_SCALE)
-STATE_PLANES = (
+_NATIVE_STATE_PLANES = (
     Plane.WEIGHT,
     Plane.RESIDUE,
     Plane.EXP_AVG,
     Plane.EXP_AVG_SQ,
     *SCALE_PLANES,
 )
+STATE_PLANES = (*_NATIVE_STATE_PLANES, Plane.TORCH_STATE)
 GRAD_PLANES = (Plane.GRAD, Plane.GRAD_LO)
-NATIVE_PLANE_ORDER = STATE_PLANES + GRAD_PLANES
+NATIVE_PLANE_ORDER = _NATIVE_STATE_PLANES + GRAD_PLANES
 
 
 GROUP_NUMEL = 32  # elements that share one scale
@@ -99,8 +101,8 @@ class StateFormat:
 
     @property
     def state_itemsize(self) -> float:
-        """Bytes per parameter that persist between steps."""
-        planes = self.state_planes
+        """Bytes per parameter that persist between steps, but for TORCH_STATE."""
+        planes = [plane for plane in self.state_planes if plane is not Plane.TORCH_STATE]
         return sum(self.nbytes(plane, GROUP_NUMEL) for plane in planes) / GROUP_NUMEL
 
 
@@ -129,11 +131,18 @@ FORMATS = {
 
 
 def state_format(name: str, optimizer: str = "adamw") -> StateFormat:
-    """The format as an optimizer needs it: only AdamW keeps a second moment."""
+    """The format as an optimizer needs it: only AdamW keeps a second moment, and one of torch has
+    a plane of its own for whatever it keeps.
+    """
     fmt = FORMATS[name]
     if optimizer == "adamw":
         return fmt
-    dtypes = {plane: d for plane, d in fmt.dtypes.items() if plane not in SQUARES_PLANES}
+    if optimizer == "torch":
+        kept = (Plane.WEIGHT, Plane.RESIDUE, *GRAD_PLANES)
+        dtypes = {plane: dtype for plane, dtype in fmt.dtypes.items() if plane in kept}
+        dtypes[Plane.TORCH_STATE] = torch.float32
+    else:
+        dtypes = {plane: d for plane, d in fmt.dtypes.items() if plane not in SQUARES_PLANES}
     return dataclasses.replace(fmt, dtypes=dtypes)
 
 

@@ -128,6 +128,12 @@ class InFlight:
         self._num_updating += 1
         self._pipeline.submit(tag, fmt_code, numel, planes, ops, write_all=write_all)
 
+    def updated(self, chunk: str, start: float, end: float) -> None:
+        """Book an update that ran on the calling thread, which is time that compute waited."""
+        self.stats.updated(end - start)
+        self.stats.stalled(UPDATE, end - start)
+        self._timeline.record(UPDATE, chunk, UPDATE, start, end)
+
     def start_copy(
         self,
         link: Link,

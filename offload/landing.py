@@ -18,7 +18,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 import torch
 
 from offload import io
-from offload.chunk import Chunk, Gradient
+from offload.chunk import Chunk, Gradient, Ops
 from offload.engine import Engine
 from offload.errors import BudgetError, NumericsError, StateError
 from offload.formats import LandMode, Plane, gradient_sum_squares, join_master, land_gradient
@@ -26,7 +26,7 @@ from offload.slots import Slot
 from offload.stats import UPDATE
 from offload.tier import Link
 
-OpsOf = Callable[[Chunk], bytes]
+OpsOf = Callable[[Chunk], Ops | None]
 
 
 class Gradients:

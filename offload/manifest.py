@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from offload.errors import StateError, StorageError
-from offload.formats import FORMATS, Plane
+from offload.formats import FORMATS, STATE_PLANES, Plane
 from offload.store import Extent, PlaneExtents
 from offload.swapfile import ALIGN_NBYTES, MANIFEST_MAGIC
 
@@ -69,6 +69,7 @@ class ParamRecord(_Record):
     offset: Count
     numel: Count
     trainable: bool
+    state: tuple[Annotated[str, Field(max_length=256)], ...] = ()  # what a torch optimizer keeps
 
 
 class ChunkRecord(_Record):
@@ -134,7 +135,7 @@ class Manifest(_Record):
     def planes(self) -> Iterator[tuple[int, Plane, PlaneRecord]]:
         """(chunk index, plane, record) of everything committed, in the order of the checksums."""
         for index, chunk in enumerate(self.chunks):
-            for plane in FORMATS[self.state_format].state_planes:
+            for plane in STATE_PLANES:
                 if plane.value in chunk.planes:
                     yield index, plane, chunk.planes[plane.value]
 
@@ -159,11 +160,13 @@ def _check_chunk(chunk: ChunkRecord, state_format: str) -> None:
             raise ValueError(f"chunk {chunk.name}: parameter {param.name} reaches beyond it")
         if math.prod(param.shape) != param.numel:
             raise ValueError(f"chunk {chunk.name}: parameter {param.name} has another size")
-    known = {plane.value: plane for plane in fmt.state_planes}
+    known = {plane.value: plane for plane in (*fmt.state_planes, Plane.TORCH_STATE)}
     if not set(chunk.planes) <= set(known) or Plane.WEIGHT.value not in chunk.planes:
         raise ValueError(f"chunk {chunk.name}: planes {sorted(chunk.planes)} are not {fmt.name}'s")
     for name, record in chunk.planes.items():
         for pieces in record.extents:
+            if known[name] is Plane.TORCH_STATE:
+                continue  # who goes on with the run says what size it has: see recovery.py
             if sum(nbytes for _, _, nbytes in pieces) != fmt.nbytes(known[name], chunk.numel):
                 raise ValueError(f"chunk {chunk.name}: plane {name} has another size")
 

@@ -40,10 +40,9 @@ def copy_run(
         raise StateError(f"rate_nbytes {rate_nbytes}: name at least one byte a second, or None.")
     with open_step(folders) as step:
         manifest, checksums = step.manifest, step.manifest.checksums
-        fmt = FORMATS[manifest.state_format]
         sizes = [
-            ((index, plane), fmt.nbytes(plane, manifest.chunks[index].numel))
-            for index, plane, _ in manifest.planes()
+            ((index, plane), sum(nbytes for _, _, nbytes in record.extents[record.committed]))
+            for index, plane, record in manifest.planes()
         ]
         total, done = sum(nbytes for _, nbytes in sizes), 0
 

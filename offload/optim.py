@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from offload.chunk import Chunk
+from offload.chunk import Chunk, Ops
 from offload.errors import StateError
 from offload.formats import Plane
 from offload.optimstate import TorchState
 from offload.routing import Owner, owner_of
 from offload.stats import StepResult
-from offload.update import AdamWOp, LionOp, Op, SGDOp
+from offload.update import AdamWOp, LionOp, Op, SGDOp, pack_ops
 
 _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 
@@ -96,6 +96,14 @@ class TierOptimizer(torch.optim.Optimizer):
             ops.append(self._op(group, common))
         return ops
 
+    def update_of(
+        self, chunk: Chunk, positions: Iterable[int], scales: dict[tuple[int, int], float]
+    ) -> Ops | None:
+        """The update of a chunk as the engine takes it; None where none of it is this optimizer's.
+        Counts steps as ops_for does.
+        """
+        return pack_ops(self.ops_for(chunk, positions, scales)) or None
+
     def hyperparameters(self) -> list[tuple[Any, ...]]:
         """What eager updates captured during backward must still be true at step()."""
         return [tuple(_plain(group[key]) for key in self.defaults) for group in self.param_groups]
@@ -171,7 +179,10 @@ class TierOptimizer(torch.optim.Optimizer):
 
     def _torch_state(self) -> TorchState:
         if self.moments is None:
-            raise StateError(f"the state of {type(self).__name__} cannot be moved.")
+            raise StateError(
+                f"the state of offload.{type(self).__name__} stays in the tiers: engine.state(name)"
+                " shows it by parameter, and checkpoints and durability keep it."
+            )
         state: TorchState = self._owner.torch_state(self._all_params(), self.moments)
         return state
 

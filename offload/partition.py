@@ -9,7 +9,7 @@ tiny transfers are saved for a few megabytes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -19,7 +19,8 @@ from offload.chunk import ChunkSpec, make_spec
 from offload.errors import PolicyError, StateError
 from offload.formats import is_supported_dtype, state_format
 from offload.plan import Plan, make_plan
-from offload.policy import OffloadPolicy
+from offload.policy import OffloadPolicy, OptimizerPolicy
+from offload.torchstate import defaults_of, freeze, optimizer_class
 
 SMALL_NUMEL = (
     65536  # outside of blocks, a tensor below this lives in the one chunk that stays in RAM
@@ -36,11 +37,12 @@ class Partition:
     owners: list[tuple[nn.Module, tuple[int, ...]]]
 
 
-def partition(model: nn.Module) -> Partition:
-    """Cut a model; every parameter lands in exactly one chunk, however often it is tied.
+def partition(model: nn.Module, optimizer: OptimizerPolicy | None = None) -> Partition:
+    """Cut a model; every parameter lands in exactly one chunk, however often it is tied. A torch
+    `optimizer` gets room for what it keeps.
 
-    Raises PolicyError for a dtype that the tiers cannot hold, StateError for a model without
-    parameters.
+    Raises PolicyError for a dtype that the tiers cannot hold, or for options that the optimizer
+    refuses, StateError for a model without parameters.
     """
     _check_params(model)
     builder = _Builder()
@@ -50,7 +52,24 @@ def partition(model: nn.Module) -> Partition:
             builder.add_block(name, module)
         else:
             builder.add_owner(name, module)
-    return builder.finish()
+    parts = builder.finish()
+    if optimizer is not None and optimizer.kind == "torch":
+        parts.specs = with_torch_state(parts.specs, optimizer)
+    return parts
+
+
+def with_torch_state(specs: Sequence[ChunkSpec], optimizer: OptimizerPolicy) -> list[ChunkSpec]:
+    """The same chunks with room for the state of the policy's torch optimizer."""
+    cls = optimizer_class(str(optimizer.name))
+    options = defaults_of(cls, optimizer.options)
+    last, names = options.get("last"), {p.name for spec in specs for p in spec.params}
+    if last is not None and last not in names:
+        raise PolicyError(
+            f"optimizer.options: {cls.__name__} looks for the last layer in {last}, and the model "
+            "has no parameter of that name. Set last to the one that it has (of a tied head its "
+            "embedding), or to null for no momentum."
+        )
+    return [spec.with_torch_state(cls, freeze(options)) for spec in specs]
 
 
 def _check_params(model: nn.Module) -> None:
@@ -155,4 +174,5 @@ def plan_for(model: nn.Module, policy: OffloadPolicy) -> Plan:
     device = policy.tiers.gpu.device
     host = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     fmt = state_format(policy.state.format, policy.optimizer.kind)
-    return make_plan(partition(model).specs, fmt, policy, host_compute=host)
+    specs = partition(model, policy.optimizer).specs
+    return make_plan(specs, fmt, policy, host_compute=host)

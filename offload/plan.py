@@ -19,6 +19,9 @@ from offload.formats import GRAD_PLANES, NUMEL_MULTIPLE, Plane, StateFormat
 from offload.policy import OffloadPolicy, format_nbytes, short_nbytes
 from offload.schedule import count_loads, default_order
 from offload.slots import HUGE_PAGE_NBYTES, round_up
+from offload.space import PoolSpec as PoolSpec
+from offload.space import beside_nbytes, saving, scratch_nbytes, size_classes, work_nbytes
+from offload.space import state_itemsize as state_itemsize_of
 from offload.store import shares, table_nbytes
 from offload.swapfile import ALIGN_NBYTES
 from offload.update import tile_buffer_nbytes
@@ -27,24 +30,9 @@ from offload.wear import check_daily_limit, plan_lines
 WEIGHT_SLOTS_TARGET = 3  # one in use, one arriving, one being updated
 GRAD_SLOTS_TARGET = 3  # one landing, two waiting for the update worker
 CHECKSUM_NBYTES = 64 << 10  # 4 bytes of RAM for each, and what a read has to bring to be checked
-_CLASS_RATIO = 0.6  # a chunk joins the class of a larger one if it fills this share of the slot
 _MIN_TILE_NUMEL = 16384
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PoolSpec:
-    """One size class: equal slots for the weights and gradients of `members`."""
-
-    name: str
-    slot_nbytes: int
-    members: tuple[int, ...]
-    num_weight_slots: int
-    num_grad_slots: int
-    num_gpu_slots: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.slot_nbytes * (self.num_weight_slots + self.num_grad_slots)
+_TORCH_TILE_NUMEL = 32768  # no tile is ever used then, and checksums keep their block size
+SCRATCH = "optimizer scratch"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +66,7 @@ class Plan:
             rows.append((f"gradient slots {pool.name}", pool.slot_nbytes * pool.num_grad_slots))
         for plane in self.fmt.state_planes:
             rows.append((f"pinned {plane.value}", self._pinned_nbytes(plane)))
+        rows.append((SCRATCH, self.scratch_nbytes))
         rows.append(("checksums", self.table_nbytes))
         return [row for row in rows if row[1]]
 
@@ -98,6 +87,27 @@ class Plan:
             for index, which in self.pinned
             if which is plane
         )
+
+    @property
+    def work_nbytes(self) -> int:
+        """Of the scratch: what a torch optimizer's step of one parameter works on."""
+        return work_nbytes(self.specs, self.fmt)
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """For a step of a torch optimizer: the planes of one chunk that do not rest in RAM, and
+        work_nbytes. See [Note: torch step].
+        """
+        moving = {
+            s.index: [p for p in self.nvme_planes(s) if (s.index, p) not in self.pinned]
+            for s in self.specs
+        }
+        return scratch_nbytes(self.specs, self.fmt, moving)
+
+    @property
+    def beside_nbytes(self) -> int:
+        """RAM under the budget that is not the slab's: what a torch optimizer allocates itself."""
+        return beside_nbytes(self.specs, self.fmt)
 
     @property
     def slab_nbytes(self) -> int:
@@ -225,12 +235,18 @@ class Plan:
         lines = [
             f"{num_params / 1e6:.1f} M parameters in {len(self.specs)} chunks, format "
             f"{self.fmt.name} "
-            f"({self.fmt.state_itemsize:g} B/param): {short_nbytes(self.state_nbytes)} of state",
+            f"({state_itemsize_of(self.specs, self.fmt):g} B/param): "
+            f"{short_nbytes(self.state_nbytes)} of state",
             f"CPU slab {short_nbytes(self.slab_nbytes)} "
             f"of {short_nbytes(self.cpu_budget_nbytes)} "
             "budget:",
         ]
         lines += [f"  {name:<28} {short_nbytes(nbytes):>12}" for name, nbytes in self.terms()]
+        if self.beside_nbytes:
+            lines.append(
+                f"  and {short_nbytes(self.beside_nbytes)} beside it, for what torch allocates in "
+                "the step of one parameter"
+            )
         if self.uses_files:
             read, write = self.traffic()
             what = "swap files, two versions of what changes" if self.commit_every else "swap files"
@@ -268,6 +284,8 @@ def make_plan(
     """
     specs = [spec.aligned(fmt) for spec in specs]
     tile_numel = min(policy.optimizer.tile_numel, max(spec.numel for spec in specs))
+    if Plane.TORCH_STATE in fmt.dtypes:
+        tile_numel = min(tile_numel, _TORCH_TILE_NUMEL)
     while tile_numel > _MIN_TILE_NUMEL:  # the tiles take at most an eighth of the budget
         if tile_buffer_nbytes(tile_numel) * 8 <= policy.tiers.cpu.budget:
             break
@@ -300,7 +318,8 @@ class _Planner:
         self.weights = tuple(weights) or (1.0,) * (len(nvme.paths) if nvme is not None else 0)
         self.specs, self.fmt, self.policy = specs, fmt, policy
         self.host_compute = host_compute
-        self.budget = policy.tiers.cpu.budget
+        self.beside_nbytes = beside_nbytes(specs, fmt)
+        self.budget = policy.tiers.cpu.budget - self.beside_nbytes  # for the slab
         self.has_nvme = policy.tiers.nvme is not None
         self.may_pin = policy.tiers.cpu.pin is not False
         self.num_gpu_slots = self._fit_gpu_slots()
@@ -325,13 +344,14 @@ class _Planner:
         return self._pin(plan) if self.may_pin else plan
 
     def _refusal(self, nbytes: int, case: str) -> BudgetError:
-        needed = round_up(nbytes, HUGE_PAGE_NBYTES)
+        needed = round_up(nbytes, HUGE_PAGE_NBYTES) + round_up(self.beside_nbytes, 1 << 20)
         plan = self._smallest() if self.has_nvme else self._ram_only(extra_lo=False)
-        rows = "; ".join(f"{name} {short_nbytes(n)}" for name, n in plan.terms())
+        beside = [("allocated by torch", self.beside_nbytes)] if self.beside_nbytes else []
+        rows = "; ".join(f"{name} {short_nbytes(n)}" for name, n in [*plan.terms(), *beside])
         other = "" if self.has_nvme else ", or name a drive in tiers.nvme.paths"
         return BudgetError(
-            f"tiers.cpu.budget of {format_nbytes(self.budget)} is too small: {case} the model "
-            "needs "
+            f"tiers.cpu.budget of {format_nbytes(self.policy.tiers.cpu.budget)} is too small: "
+            f"{case} the model needs "
             f"{short_nbytes(needed)} ({rows}). Set tiers.cpu.budget to at least "
             f"{needed >> 20}MiB{other}."
         )
@@ -347,7 +367,7 @@ class _Planner:
             eager=self.policy.optimizer.update == "eager",
             tile_numel=self.tile_numel,
             tile_nbytes=round_up(tile_buffer_nbytes(self.tile_numel), NUMEL_MULTIPLE),
-            cpu_budget_nbytes=self.budget,
+            cpu_budget_nbytes=self.policy.tiers.cpu.budget,
             uses_nvme=self.has_nvme,
             weights=self.weights,
             checksum_nbytes=self._checksum_nbytes(),
@@ -380,7 +400,7 @@ class _Planner:
         bounce = 0 if self.host_compute else 1
         pools = tuple(
             self._pool(members, weight=0, grad=per_chunk * self._num_trainable(members) + bounce)
-            for members in self._classes()
+            for members in size_classes(self.specs)
         )
         return self._base(pools=pools, pinned=pinned, grads_resident=True, uses_nvme=False)
 
@@ -389,7 +409,7 @@ class _Planner:
     def _smallest(self) -> Plan:
         cpu = self.policy.tiers.cpu
         pools = []
-        for members in self._classes():
+        for members in size_classes(self.specs):
             has_weights = any((i, Plane.WEIGHT) not in self.small for i in members)
             weight = (cpu.weight_slots or 1) if has_weights else 0
             grad = self._grad_slots(cpu.grad_slots or 1) if self._num_trainable(members) else 0
@@ -433,22 +453,14 @@ class _Planner:
         left = self.budget - HUGE_PAGE_NBYTES - plan.slab_nbytes
         pinned = set(plan.pinned)
         pairs = [(s, p) for p in self.fmt.state_planes for s in self.specs]
-        pairs.sort(key=lambda pair: -self._saving(plan, *pair))
+        saves = {(s.index, p): saving(plan.pool_of(s.index), s, p) for s, p in pairs}
+        pairs.sort(key=lambda pair: -saves[pair[0].index, pair[1]])
         for spec, plane in pairs:
             key, nbytes = (spec.index, plane), spec.nbytes(plane, self.fmt)
-            if key not in pinned and nbytes <= left and self._saving(plan, spec, plane):
+            if key not in pinned and nbytes <= left and saves[key]:
                 pinned.add(key)
                 left -= nbytes
         return dataclasses.replace(plan, pinned=frozenset(pinned))
-
-    def _saving(self, plan: Plan, spec: ChunkSpec, plane: Plane) -> int:
-        """Bytes of traffic a step that a byte of the plane saves in RAM: weights are read twice,
-        unless slots hold all of their pool, and what is trained is written.
-        """
-        if plane is not Plane.WEIGHT:
-            return 2 if spec.trainable else 0
-        pool = plan.pool_of(spec.index)
-        return (2 if len(pool.members) > pool.num_weight_slots else 0) + spec.trainable
 
     def _fit_gpu_slots(self) -> int:
         """Weight slots per size class on the device: the target, or fewer to fit its budget."""
@@ -456,7 +468,7 @@ class _Planner:
             return 0
         sizes = [
             (max(self.specs[i].nbytes(Plane.WEIGHT, self.fmt) for i in members), len(members))
-            for members in self._classes()
+            for members in size_classes(self.specs)
         ]
         budget = self.policy.tiers.gpu.budget
         for count in range(WEIGHT_SLOTS_TARGET, 0, -1):
@@ -484,15 +496,3 @@ class _Planner:
             num_grad_slots=grad,
             num_gpu_slots=min(self.num_gpu_slots, len(members)),
         )
-
-    def _classes(self) -> list[tuple[int, ...]]:
-        """Group chunks by size, so that no slot is wasted on a chunk much smaller than it."""
-        ordered = sorted(self.specs, key=lambda spec: (spec.is_small, -spec.numel))
-        classes: list[list[ChunkSpec]] = []
-        for spec in ordered:
-            head = classes[-1][0] if classes else None
-            if head and head.is_small == spec.is_small and spec.numel >= _CLASS_RATIO * head.numel:
-                classes[-1].append(spec)
-            else:
-                classes.append([spec])
-        return [tuple(sorted(spec.index for spec in members)) for members in classes]

@@ -49,7 +49,7 @@ class PlaneReader:
         with engine.lock:
             engine.finish_update(chunk, wait=True)
             if plane in chunk.pinned:
-                num_items = fmt.num_items(plane, chunk.spec.numel)
+                num_items = chunk.spec.num_items(plane, fmt)
                 return chunk.pinned[plane].view(dtype, num_items).clone()
             with self._staging(chunk, plane) as buffer:
                 engine.move_plane(io.READ, chunk, plane, buffer.data_ptr())
@@ -124,11 +124,18 @@ class PlaneReader:
         return self._last[1][param.offset : param.offset + param.numel].view(param.shape).clone()
 
     def state(self, chunk: Chunk, position: int) -> dict[str, torch.Tensor]:
-        """Copies of one parameter's planes by name, in the parameter's shape; scales are flat."""
+        """Copies of one parameter's planes by name, in the parameter's shape; scales are flat. What
+        a torch optimizer keeps has its own names and shapes, behind `torch_state.`.
+        """
         param, fmt = chunk.spec.params[position], self._engine.plan.fmt
         planes = {}
         for plane in chunk.spec.state_planes(fmt):
-            piece = self._read(chunk, plane)[fmt.items(plane, param.offset, param.numel)]
+            items = self._read(chunk, plane)
+            if plane is Plane.TORCH_STATE:
+                for entry in param.state:
+                    planes[f"{plane.value}.{entry.name}"] = entry.view(items).clone()
+                continue
+            piece = items[fmt.items(plane, param.offset, param.numel)]
             planes[plane.value] = piece if plane in SCALE_PLANES else piece.view(param.shape)
         return planes
 

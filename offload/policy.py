@@ -9,9 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
@@ -29,44 +27,19 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from offload.errors import PolicyError
+from offload.sizes import NBYTES_MAX as NBYTES_MAX
+from offload.sizes import TORCH_NAMES, TORCH_REFUSED, FrozenOptions
 from offload.sizes import format_nbytes as format_nbytes
+from offload.sizes import parse_nbytes as parse_nbytes
 from offload.sizes import short_nbytes as short_nbytes
+from offload.sizes import show as _show
 
 Config = TypeVar("Config", bound=BaseModel)
-NBYTES_MAX = 2**63 - 1  # a file offset is a signed 64-bit number
 TILE_ALIGN_NUMEL = 4096  # every tile of every plane then starts at a multiple of 4 KiB
 TILE_NUMEL_MAX = 2**24  # 320 MiB of worker buffer per tile at 20 bytes per element
 NUM_PATHS_MAX = 64
 
-_DECIMAL = {f"{letter}b": 1000**power for power, letter in enumerate("kmgtp", start=1)}
-_BINARY = {f"{letter}ib": 1024**power for power, letter in enumerate("kmgtp", start=1)}
-_UNITS = {"": 1, "b": 1, **_DECIMAL, **_BINARY}
-_SIZE = re.compile(r"\s*([0-9]{1,20}(\.[0-9]{1,20})?([eE]\+?[0-9]{1,2})?)\s*([A-Za-z]*)\s*")
 _EVERY = re.compile(r"every\s+([1-9][0-9]{0,8})\s+steps?")
-_REPR = reprlib.Repr()  # values in messages, cut at a readable length
-_REPR.maxstring = _REPR.maxother = 120
-
-
-def parse_nbytes(value: float | str) -> int:
-    """Return the bytes of 4096, "24GiB", "512 MiB", "1.5GB" or "100e6"; a fraction rounds down.
-
-    Raises PolicyError for anything that is not a size from 0 to NBYTES_MAX.
-    """
-    nbytes: Fraction | None = None
-    if isinstance(value, str):
-        match = _SIZE.fullmatch(value)
-        if match and match[4].lower() in _UNITS:
-            nbytes = Fraction(match[1]) * _UNITS[match[4].lower()]
-    elif not isinstance(value, bool) and (
-        isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    ):  # YAML reads 1.0e+9 as a float
-        nbytes = Fraction(value)
-    if nbytes is None or not 0 <= nbytes <= NBYTES_MAX:
-        raise PolicyError(
-            f"{_show(value)} is not a size: give bytes as an integer, or a number with a unit, "
-            "such as 24GiB, 512MiB or 1.5GB"
-        )
-    return int(nbytes)
 
 
 def _not_yet(*values: str | bool) -> BeforeValidator:
@@ -247,10 +220,20 @@ class StatePolicy(Section):
 class OptimizerPolicy(Section):
     """Which optimizer the state is laid out for, and when and in what portions its steps run."""
 
-    kind: Literal["adamw", "sgd", "lion"] = Field(
+    kind: Literal["adamw", "sgd", "lion", "torch"] = Field(
         default="adamw",
         description="adamw, sgd or lion: the optimizer that the loop will create; "
-        "sgd and lion keep no second moment",
+        "sgd and lion keep no second moment; torch: the one that name says, slower",
+    )
+    name: str | None = Field(
+        default=None,
+        validate_default=True,
+        description=f"with kind torch, and only there: one of {', '.join(TORCH_NAMES)}",
+    )
+    options: dict[str, Any] = Field(
+        default=FrozenOptions(),
+        description="with kind torch: a mapping of the optimizer's arguments that decide which "
+        "state it keeps, such as {momentum: 0.9, centered: true}",
     )
     update: Literal["auto", "eager", "deferred"] = Field(
         default="auto",
@@ -278,6 +261,24 @@ class OptimizerPolicy(Section):
             raise ValueError("'skip' is too late for eager updates: set optimizer.update: deferred")
         return value
 
+    @field_validator("name", mode="after")
+    @classmethod
+    def _name_is_one_that_runs_here(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if info.data.get("kind") != "torch" and value is not None:
+            raise ValueError(f"{_show(value)} needs optimizer.kind: torch")
+        if value in TORCH_REFUSED:
+            raise ValueError(f"{value} cannot run here: {TORCH_REFUSED[value]}")
+        if info.data.get("kind") == "torch" and value not in TORCH_NAMES:
+            raise ValueError(f"{_show(value)} is no optimizer that runs here")
+        return value
+
+    @field_validator("options", mode="after")
+    @classmethod
+    def _options_need_a_name(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if value and info.data.get("kind") != "torch":
+            raise ValueError(f"{_show(value)} needs optimizer.kind: torch")
+        return FrozenOptions(value)
+
 
 class ActivationsPolicy(Section):
     """What a block keeps between forward and backward."""
@@ -297,7 +298,8 @@ class OffloadPolicy(Section):
     tiers: TiersPolicy = Field(description="a mapping with cpu, and gpu and nvme as needed")
     state: StatePolicy = Field(default=StatePolicy(), description="a mapping with format")
     optimizer: OptimizerPolicy = Field(
-        default=OptimizerPolicy(), description="a mapping with kind, update, nonfinite, tile_numel"
+        default=OptimizerPolicy(),
+        description="a mapping with kind, name, options, update, nonfinite, tile_numel",
     )
     activations: ActivationsPolicy = Field(
         default=ActivationsPolicy(), description="a mapping with policy, micro_batch"
@@ -306,6 +308,17 @@ class OffloadPolicy(Section):
         default="off",
         description="off (a crash loses the run), step, or every N steps: what a crash can cost",
     )
+
+    @field_validator("optimizer", mode="after")
+    @classmethod
+    def _torch_keeps_fp32(cls, value: OptimizerPolicy, info: ValidationInfo) -> OptimizerPolicy:
+        state = info.data.get("state")
+        if value.kind == "torch" and state is not None and state.format not in ("fp32", "exact"):
+            raise ValueError(
+                f"kind torch runs on fp32 state, and state.format is {state.format}: set it to "
+                "exact or fp32, or take adamw, sgd or lion"
+            )
+        return value
 
     @field_validator("durability", mode="after")
     @classmethod
@@ -481,7 +494,3 @@ def _key_descriptions(model: type[BaseModel], prefix: str = "") -> dict[str, str
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 descriptions |= _key_descriptions(kind, f"{prefix}{name}.")
     return descriptions
-
-
-def _show(value: object) -> str:
-    return _REPR.repr(value)

@@ -17,7 +17,7 @@ from offload.engine import Engine
 from offload.errors import StateError
 from offload.formats import StateFormat
 from offload.homes import PlaneKey
-from offload.manifest import ChunkRecord, Manifest, pack_tensor, unpack_tensor
+from offload.manifest import ChunkRecord, Manifest, ParamRecord, pack_tensor, unpack_tensor
 from offload.plan import Plan
 from offload.runfiles import read_checksums
 from offload.store import ChunkStore, PlaneExtents
@@ -64,14 +64,24 @@ def _difference(record: ChunkRecord, spec: ChunkSpec, fmt: StateFormat) -> str:
     if (record.name, record.numel) != (spec.name, spec.numel):
         return f"chunk {record.name} of {record.numel} elements is {spec.name} of {spec.numel} here"
     for old, new in zip(record.params, param_records_of(spec), strict=False):
+        if old.state != new.state:
+            return f"of {old.name} the optimizer keeps {_kept(old)}, and would keep {_kept(new)}"
         if old != new:
             return f"parameter {old.name} {old.shape} is {new.name} {new.shape} here"
     if len(record.params) != len(spec.params):
         return f"chunk {record.name} has {len(record.params)} parameters, here {len(spec.params)}"
     planes = {plane.value for plane in spec.state_planes(fmt)}
+    for plane in spec.state_planes(fmt):
+        for pieces in record.planes[plane.value].extents if plane.value in record.planes else ():
+            if sum(nbytes for _, _, nbytes in pieces) != spec.nbytes(plane, fmt):
+                return f"plane {plane.value} of chunk {record.name} has another size here"
     if set(record.planes) != planes:
         return f"chunk {record.name} has the planes {sorted(record.planes)}, not {sorted(planes)}"
     return ""
+
+
+def _kept(record: ParamRecord) -> str:
+    return f"[{'; '.join(record.state)}]"
 
 
 def check_homes(manifest: Manifest, plan: Plan, where: str) -> None:

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from offload.errors import StateError
+from offload.spec import ParamSpec
 from offload.stats import StepResult
 
 _clip_grad: types.ModuleType = importlib.import_module("torch.nn.utils.clip_grad")
@@ -31,6 +32,8 @@ class Owner(Protocol):
     """What an optimizer and the clipping functions need of an offloaded model."""
 
     def owns(self, param: torch.Tensor) -> bool: ...
+
+    def spec_of(self, param: torch.Tensor) -> ParamSpec: ...
 
     def has_gradients(self) -> bool: ...
 
@@ -145,7 +148,7 @@ def _refuse_foreign_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: An
             raise StateError(
                 f"{type(optimizer).__name__}.step() on offloaded parameters would train nothing, "
                 "because their gradients and state are in the tiers. Use "
-                "offload.AdamW(model.parameters(), ...)."
+                "offload.AdamW(model.parameters(), ...), or offload.Torch for this class."
             )
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from offload import forks, materialise, routing
 from offload.attach import Attachment
 from offload.checkpoint import Checkpoint
-from offload.chunk import Chunk
+from offload.chunk import Chunk, Ops
 from offload.clipping import Clipping
 from offload.errors import NumericsError, StateError
 from offload.export import export_model
@@ -43,10 +43,10 @@ from offload.policy import OffloadPolicy
 from offload.recovery import Recovered, adopt
 from offload.restore import restore
 from offload.runstate import RunState
+from offload.spec import ParamSpec
 from offload.stats import StepResult
 from offload.timeline import Timeline
 from offload.transfer import Device, make_device
-from offload.update import pack_ops
 
 logger = logging.getLogger("offload")
 TIMELINE_CAPACITY = 200_000
@@ -73,7 +73,7 @@ class Session(Inspection):
         self._captured: list[tuple[Any, ...]] | None = None  # for this step's eager updates
         self.recovered: Recovered | None = None
         routing.refuse_twice(model.parameters())
-        parts = partition(model)
+        parts = partition(model, policy.optimizer)
         materialise.check_source(model, weights)
         self.timeline = Timeline(TIMELINE_CAPACITY)
         self.device = device or make_device(policy.tiers.gpu.device)
@@ -169,13 +169,14 @@ class Session(Inspection):
         self._optimizer = optimizer
         self.gradients.ops_of = self._eager_ops
 
-    def _eager_ops(self, chunk: Chunk) -> bytes:
+    def _eager_ops(self, chunk: Chunk) -> Ops | None:
         self._captured = self._captured or self._optimizer.hyperparameters()
         return self._ops(chunk)
 
-    def _ops(self, chunk: Chunk) -> bytes:
+    def _ops(self, chunk: Chunk) -> Ops | None:
         landed = chunk.gradient.sum_squares if chunk.gradient is not None else {}
-        return pack_ops(self._optimizer.ops_for(chunk, landed, self.clipping.scales))
+        ops: Ops | None = self._optimizer.update_of(chunk, landed, self.clipping.scales)
+        return ops
 
     def optimizer_step(self, optimizer: Any) -> StepResult:
         """Turn what has landed into pending updates. See [Note: updates] in engine.py."""
@@ -253,18 +254,12 @@ class Session(Inspection):
         if self.policy.optimizer.update != "auto" or self.gradients.mode_chosen:
             return
         self.gradients.mode_chosen = True
-        if self.plan.grads_resident:
-            reason = "all gradients fit in RAM, so waiting for them costs nothing"
-        elif self.clipping.needs_all:
-            reason = "clip_grad_norm_ or GradScaler needs every gradient before the first update"
-        elif self.policy.optimizer.nonfinite == "skip":
-            reason = "optimizer.nonfinite: skip needs every gradient before the first update"
-        elif self.gradients.num_backwards != 1:
-            reason = "gradients accumulate over several backward() calls"
-        else:
-            self.gradients.eager = True
-            reason = "one backward() per step and no clipping: gradients need not wait"
-        logger.info("updates are %s: %s", "eager" if self.gradients.eager else "deferred", reason)
+        why_wait = self.clipping.why_wait(
+            resident=self.plan.grads_resident, skips=self.policy.optimizer.nonfinite == "skip"
+        )
+        self.gradients.eager = not why_wait
+        reason = why_wait or "one backward() per step and no clipping: gradients need not wait"
+        logger.info("updates are %s: %s", "deferred" if why_wait else "eager", reason)
 
     def zero_grad(self) -> None:
         """Drop gradients that no step() has taken."""
@@ -310,6 +305,10 @@ class Session(Inspection):
 
     def owns(self, param: torch.Tensor) -> bool:
         return id(param) in getattr(self, "_places", {})
+
+    def spec_of(self, param: torch.Tensor) -> ParamSpec:
+        chunk, position = self._chunk_of(param)
+        return chunk.spec.params[position]
 
     def note_loss(self, *, finite: bool) -> None:
         """Backward runs from a loss that is not finite, or is over."""

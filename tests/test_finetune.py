@@ -23,6 +23,7 @@ from offload.data import package_folder
 from offload.errors import NumericsError, PolicyError
 from offload.finetune import make_optimizer, rate_share, run
 from offload.jobconfig import FinetuneConfig, TrainSection, load_finetune
+from offload.policy import OptimizerPolicy
 from offload.progress import Reporter
 
 transformers = pytest.importorskip("transformers")
@@ -330,10 +331,20 @@ def test_the_job_makes_the_optimizer_of_the_policy(
         record = functools.partial(lambda who, groups, **hyper: made.append((who, hyper)), name)
         monkeypatch.setattr(offload, name, record, raising=False)
     train = TrainSection(steps=1, lr=0.5)
-    make_optimizer(torch.nn.Linear(2, 2), train, kind)
+    make_optimizer(torch.nn.Linear(2, 2), train, OptimizerPolicy(kind=kind))
     want = {
         "adamw": ("AdamW", {"lr": 0.5, "betas": train.betas}),
         "sgd": ("SGD", {"lr": 0.5, "momentum": train.betas[0]}),
         "lion": ("Lion", {"lr": 0.5, "betas": train.betas}),
     }
     assert made == [want[kind]]
+
+
+def test_the_job_makes_a_torch_optimizer_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        offload, "Torch", lambda cls, groups, **hyper: made.append((cls, hyper)), raising=False
+    )
+    policy = OptimizerPolicy(kind="torch", name="RMSprop", options={"momentum": 0.9})
+    make_optimizer(torch.nn.Linear(2, 2), TrainSection(steps=1, lr=0.5), policy)
+    assert made == [(torch.optim.RMSprop, {"lr": 0.5, "momentum": 0.9})]

@@ -34,6 +34,7 @@ class OffloadTrainer:
 
     def finish(self) -> None:
         self._engine.flush()
+        self._engine.run.settle()
 
     def close(self) -> dict[str, str]:
         about = {

@@ -1,0 +1,98 @@
+"""What has to be in memory at once: slots by size class, scratch of torch optimizers. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from offload.formats import Plane, StateFormat
+from offload.slots import round_up
+from offload.spec import ChunkSpec
+from offload.swapfile import ALIGN_NBYTES
+
+_CLASS_RATIO = 0.6  # a chunk joins the class of a larger one if it fills this share of the slot
+TORCH_TEMPORARIES = 3  # of a parameter, in fp32: the most that torch allocates in its step
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSpec:
+    """One size class: equal slots for the weights and gradients of `members`."""
+
+    name: str
+    slot_nbytes: int
+    members: tuple[int, ...]
+    num_weight_slots: int
+    num_grad_slots: int
+    num_gpu_slots: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.slot_nbytes * (self.num_weight_slots + self.num_grad_slots)
+
+
+def size_classes(specs: Sequence[ChunkSpec]) -> list[tuple[int, ...]]:
+    """Group chunks by size, so that no slot is wasted on a chunk much smaller than it."""
+    ordered = sorted(specs, key=lambda spec: (spec.is_small, -spec.numel))
+    classes: list[list[ChunkSpec]] = []
+    for spec in ordered:
+        head = classes[-1][0] if classes else None
+        if head and head.is_small == spec.is_small and spec.numel >= _CLASS_RATIO * head.numel:
+            classes[-1].append(spec)
+        else:
+            classes.append([spec])
+    return [tuple(sorted(spec.index for spec in members)) for members in classes]
+
+
+def saving(pool: PoolSpec, spec: ChunkSpec, plane: Plane) -> int:
+    """Bytes of traffic a step that a byte of a plane saves in RAM: weights are read twice, unless
+    slots hold all of their pool, and what is trained is written.
+    """
+    if plane is not Plane.WEIGHT:
+        return 2 if spec.trainable else 0
+    return (2 if len(pool.members) > pool.num_weight_slots else 0) + spec.trainable
+
+
+def _steps_in_torch(fmt: StateFormat) -> bool:
+    return Plane.TORCH_STATE in fmt.dtypes
+
+
+def _largest_param_nbytes(specs: Sequence[ChunkSpec]) -> int:
+    """Of those that are trained, in fp32."""
+    return max((4 * p.numel for s in specs for p in s.params if p.trainable), default=0)
+
+
+def work_nbytes(specs: Sequence[ChunkSpec], fmt: StateFormat) -> int:
+    """The fp32 master and gradient of one parameter, where a format splits them."""
+    if not _steps_in_torch(fmt) or Plane.RESIDUE not in fmt.dtypes:
+        return 0
+    return round_up(2 * _largest_param_nbytes(specs), ALIGN_NBYTES)
+
+
+def scratch_nbytes(
+    specs: Sequence[ChunkSpec], fmt: StateFormat, moving: Mapping[int, Sequence[Plane]]
+) -> int:
+    """work_nbytes, and all planes of one chunk that do not rest in RAM (`moving`, by chunk)."""
+    if not _steps_in_torch(fmt):
+        return 0
+    chunks = [sum(s.nbytes(p, fmt) for p in moving[s.index]) for s in specs if s.trainable]
+    return max(chunks, default=0) + work_nbytes(specs, fmt)
+
+
+def beside_nbytes(specs: Sequence[ChunkSpec], fmt: StateFormat) -> int:
+    """What torch allocates for itself in the step of one parameter, at most: temporaries, and in
+    its first step the state, which is then copied to its plane.
+    """
+    if not _steps_in_torch(fmt):
+        return 0
+    params = [p for s in specs if s.trainable for p in s.params]
+    return max(
+        TORCH_TEMPORARIES * 4 * p.numel + 4 * sum(entry.num_items for entry in p.state)
+        for p in params
+    )
+
+
+def state_itemsize(specs: Sequence[ChunkSpec], fmt: StateFormat) -> float:
+    """Bytes per parameter that persist between steps."""
+    trained = [spec for spec in specs if spec.trainable]
+    nbytes = sum(spec.nbytes(Plane.TORCH_STATE, fmt) for spec in trained)
+    return fmt.state_itemsize + round(nbytes / max(sum(s.numel for s in trained), 1), 3)
