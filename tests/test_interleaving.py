@@ -238,7 +238,7 @@ def check(actions: list[str], changes: dict[str, Any], folder: Path) -> None:
         twin.stack.close()
 
 
-walks = st.lists(st.sampled_from(ACTIONS), min_size=2, max_size=9)
+walks = st.lists(st.sampled_from(ACTIONS), min_size=2, max_size=7)
 
 
 @pytest.mark.parametrize("look", [*LOOKS, "leave and resume"])
@@ -258,7 +258,7 @@ def test_every_look_sees_the_update_of_the_step_before_it(look: str, tmp_path: P
 
 
 @settings(
-    max_examples=6, deadline=None, derandomize=True, database=None,
+    max_examples=4, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(actions=walks)
