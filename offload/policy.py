@@ -231,7 +231,8 @@ class OptimizerPolicy(Section):
         description=f"with kind torch, and only there: one of {', '.join(TORCH_NAMES)}",
     )
     options: dict[str, Any] = Field(
-        default=FrozenOptions(),
+        default={},
+        validate_default=True,
         description="with kind torch: a mapping of the optimizer's arguments that decide which "
         "state it keeps, such as {momentum: 0.9, centered: true}",
     )
