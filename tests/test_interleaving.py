@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,13 @@ def digest_state(state: dict[str, Any]) -> str:
     return digest(rows) + repr(state["num_steps"])
 
 
+@pytest.fixture(autouse=True)
+def small() -> Iterator[None]:
+    """Around all walks of a test: they overlap, and what they changed would be put back wrongly."""
+    with small_units(256):
+        yield
+
+
 class Walk:
     """One run that takes actions. `is_twin` flushes after every step and observes afterwards."""
 
@@ -88,7 +96,6 @@ class Walk:
         self._open(None)
 
     def _open(self, weights: str | None) -> None:
-        self.stack.enter_context(small_units(256))
         session = offload.offload(make_net(), self.policy, weights=weights)
         self.engine = self.stack.enter_context(session)
         object.__setattr__(session.plan, "cpu_budget_nbytes", 2**30)  # room for state dicts
@@ -169,7 +176,7 @@ class Walk:
         self.engine.checkpoint(folder)
         policy = {**self.policy, "durability": "off"}
         policy["tiers"] = {**policy["tiers"], "nvme": None, "cpu": {"budget": "64MiB"}}
-        with small_units(256), offload.offload(make_net(), policy, weights=str(folder)) as other:
+        with offload.offload(make_net(), policy, weights=str(folder)) as other:
             seen = digest(planes_of(other)) + repr(other.recovered)
         shutil.rmtree(folder)
         return seen
@@ -202,9 +209,8 @@ def planes_of(engine: Any) -> dict[str, Tensor]:
 
 
 def half_pinned(directory: Path, changes: dict[str, Any]) -> int:
-    with small_units(256):
-        policy = make_policy(directory, durability="step", **{**changes, "tiers__cpu__pin": False})
-        plan = offload.plan_for(make_net(), policy)
+    policy = make_policy(directory, durability="step", **{**changes, "tiers__cpu__pin": False})
+    plan = offload.plan_for(make_net(), policy)
     return plan.slab_nbytes + plan.state_nbytes // 2
 
 
