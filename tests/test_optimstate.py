@@ -14,6 +14,7 @@ from parity import make_policy, small_units
 from torch import Tensor, nn
 
 import offload
+from offload import windows
 from offload.errors import StateError
 from offload.formats import FORMATS, Plane
 from offload.moments import pack, planes_of, unpack
@@ -29,6 +30,12 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "device": {"tiers__gpu__device": "standin"},
 }
 HYPER = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)}
+
+
+@pytest.fixture(autouse=True)
+def _small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window is a tile, so that chunks have several of them."""
+    monkeypatch.setattr(windows, "WINDOW_NUMEL", 1)
 
 
 class Net(nn.Module):
@@ -154,10 +161,13 @@ def engine_name(engine: Any, param: Tensor) -> str:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "lion"])
-def test_a_full_state_dict_comes_back_as_it_left(kind: str, format: str, nvme_dir: Path) -> None:
+def test_a_full_state_dict_comes_back_as_it_left(
+    kind: str, format: str, nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Into fresh tiers of the same format: the same bits. Only int8 packs anew: within 1.6 % of the
     largest of a group, which is a step of its codes.
     """
+    monkeypatch.setattr(windows, "WINDOW_NUMEL", 1 << 20)
     make = {"adamw": offload.AdamW, "sgd": offload.SGD, "lion": offload.Lion}[kind]
     hyper: dict[str, Any] = {"momentum": 0.9} if kind == "sgd" else {}
     dtype = torch.float32 if format == "fp32" else torch.bfloat16
@@ -352,10 +362,11 @@ def test_loading_in_the_middle_of_a_step_is_refused(nvme_dir: Path) -> None:
         optimizer.step()
 
 
-def test_parameters_of_others_keep_their_moments(nvme_dir: Path) -> None:
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_parameters_of_others_keep_their_moments(placement: str, nvme_dir: Path) -> None:
     """An optimizer of half the parameters: the rest of their chunks' planes stays."""
     model = make_net()
-    with offload.offload(model, policy_for(nvme_dir)) as engine:
+    with small_units(1024), offload.offload(model, policy_for(nvme_dir, placement)) as engine:
         train(model, offload.AdamW(model.parameters()), range(1))
         before = {n: engine.state(n) for n, _ in model.named_parameters()}
         optimizer = offload.AdamW([b.bias for b in model.blocks])
@@ -436,13 +447,15 @@ def test_masters_are_read_and_written_in_fp32(format: str, placement: str, nvme_
         new = torch.randn(96, 96)
         engine.set_master("blocks.1.weight", new)
         engine.set_master("norm.bias", new[0])
+        engine.set_master("blocks.2.bias", new[1])  # in the last of its chunk's windows only
         if format == "int8":
             new = ((new.view(torch.int32) + 0x80) & ~0xFF).view(torch.float32)
         assert raw(engine.master("blocks.1.weight")) == raw(new)
         assert raw(engine.master("norm.bias")) == raw(new[0])
+        assert raw(engine.master("blocks.2.bias")) == raw(new[1])
         for name, master in masters.items():
             assert raw(engine.state(name)["exp_avg"]) == raw(moments[name])
-            if name not in ("blocks.1.weight", "norm.bias"):
+            if name not in ("blocks.1.weight", "norm.bias", "blocks.2.bias"):
                 assert raw(engine.master(name)) == raw(master), name
         plain = make_net()
         for name, p in plain.named_parameters():
