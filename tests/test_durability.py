@@ -1,5 +1,6 @@
 """A committed run goes on bit for bit where it ended, whatever ended it and wherever planes lie."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from chaos import small_units
+from drives import fill, loop_drive, mounted
 from parity import (
     COMPUTE_DTYPE,
     Recipe,
@@ -125,6 +127,32 @@ def test_a_crash_costs_at_most_the_step_in_flight(
         assert 2 <= engine.recovered.step <= 4
         train(engine, entry, until=NUM_STEPS, clip=1.0)
         assert record_of(engine) == want
+
+
+@pytest.mark.root
+def test_a_full_disk_costs_at_most_the_step_in_flight(tmp_path: Path) -> None:
+    """A thin volume fills up behind a file that has its space. The run ends with an error, and goes
+    on from what is committed as soon as there is room.
+    """
+    entry = ZOO["llama"]
+    want = undisturbed(entry, tmp_path / "plain")
+    small = mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=24m", "tmpfs")
+    with small as backing, loop_drive(backing / "image", tmp_path / "drive") as drive:
+        policy = policy_of(drive / "run", entry, "nvme")
+        torch.manual_seed(5)
+        refused = pytest.raises(offload.StorageError)
+        with small_units(1024), refused as failed, start(entry, policy) as engine:
+            train(engine, entry, until=1)
+            engine.commit()
+            fill(backing)
+            train(engine, entry, until=NUM_STEPS)
+        assert failed.value.errno in (errno.ENOSPC, errno.EIO), failed.value
+        assert failed.value.path.startswith(str(drive / "run"))
+        (backing / "filler").unlink()
+        with small_units(1024), start(entry, policy, "resume") as engine:
+            assert 1 <= engine.recovered.step < NUM_STEPS
+            train(engine, entry, until=NUM_STEPS)
+            assert record_of(engine) == want
 
 
 def crash(entry: ZooModel, policy: dict[str, Any], moment: str) -> None:
