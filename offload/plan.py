@@ -260,8 +260,9 @@ class Plan:
                 f"  {x}" for x in plan_lines(step, self.rated_nbytes, self.max_writes_per_day)
             ]
         if self.commit_every:
+            often = f"{self.commit_every} steps" if self.commit_every > 1 else "step"
             lines.append(
-                f"  a commit every {self.commit_every} steps writes "
+                f"  a commit every {often} writes "
                 f"{short_nbytes(self.commit_nbytes)} of planes that rest in RAM"
             )
         if not self.uses_nvme:
