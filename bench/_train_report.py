@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import platform
 import statistics
 import subprocess
@@ -222,6 +223,24 @@ def collect_facts(folder: Path, arguments: str, script: str = "train.py") -> dic
         "disk": file_system(folder),
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
     }
+
+
+def hide_paths(text: str, options: argparse.Namespace) -> str:
+    """Replace what is only true of this machine, so that the result can be shown. `options` has
+    `dir` and `out`; what else names a path is replaced where a script has it.
+    """
+    names = {
+        str(options.dir): "DIR",
+        str(options.out or ""): "RESULT",
+        str(getattr(options, "deepspeed_python", "") or ""): "PYTHON",
+        str(getattr(options, "deepspeed_extensions", "") or ""): "EXTENSIONS",
+        str(REPO): ".",
+        str(Path.home()): "~",
+        f"/proc/{os.getpid()}/": "/proc/PID/",
+    }
+    for path in sorted(filter(None, names), key=len, reverse=True):  # a path before its parents
+        text = text.replace(path, names[path])
+    return text
 
 
 def source_revision() -> str:

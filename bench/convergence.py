@@ -74,7 +74,7 @@ def main() -> int:
         options.dir, shlex.join(sys.argv[1:]), script="convergence.py"
     )
     text = render(cases, rates, losses, facts, options)
-    text = text.replace(str(options.out or "RESULT"), "RESULT").replace(str(options.dir), "DIR")
+    text = _train_report.hide_paths(text, options)
     print("\n" + text)
     if options.out:
         options.out.write_text(text)

@@ -30,7 +30,7 @@ import _train_report
 import torch
 from engine_offload import OffloadTrainer, start
 from models import MODELS
-from train import hide_paths, make_policy
+from train import make_policy
 from worker import disk_bytes
 
 SETTINGS: dict[str, list[str]] = {
@@ -54,7 +54,7 @@ def main() -> int:
         run_placement(placement, options, rows)
     command = f"`python bench/durability.py {shlex.join(sys.argv[1:])}`"
     facts = _train_report.collect_facts(options.dir, "") | {"command": command}
-    text = hide_paths(render(rows, facts, options), options)
+    text = _train_report.hide_paths(render(rows, facts, options), options)
     print("\n" + text)
     if options.out:
         options.out.write_text(text)
@@ -76,7 +76,6 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     options.dir = options.dir.expanduser().absolute()
     options.placements = options.placements.split(",")
-    options.deepspeed_python = options.deepspeed_extensions = ""
     return options
 
 

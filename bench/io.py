@@ -61,7 +61,7 @@ def main() -> int:
     finally:
         shutil.rmtree(scratch)
     facts = _train_report.collect_facts(options.dir, shlex.join(sys.argv[1:]), script="io.py")
-    text = hide_paths(_io_report.render(bench, facts), options)
+    text = _train_report.hide_paths(_io_report.render(bench, facts), options)
     print("\n" + text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -222,21 +222,6 @@ def run_round(index: int, contenders: dict[str, Run], nbytes: int, bench: Bench)
             row = contenders[name](test, nbytes)
             bench.samples.append(Sample.of(name, test, index, row))
             say(f"round {index + 1}: {bench.samples[-1]}")
-
-
-def hide_paths(text: str, options: argparse.Namespace) -> str:
-    """Replace what is only true of this machine, so that the result can be shown."""
-    names = {
-        str(options.dir): "DIR",
-        str(options.deepspeed_python or ""): "PYTHON",
-        str(options.deepspeed_extensions or ""): "EXTENSIONS",
-        str(options.out or ""): "RESULT",
-        str(_train_report.REPO): ".",
-        f"/proc/{os.getpid()}/": "/proc/PID/",
-    }
-    for path in sorted(filter(None, names), key=len, reverse=True):  # a path before its parents
-        text = text.replace(path, names[path])
-    return text
 
 
 def say(text: str) -> None:

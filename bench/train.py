@@ -54,7 +54,7 @@ def main() -> int:
             if engine not in skipped:
                 run_once(engine, index, options, runs, skipped)
     facts = _train_report.collect_facts(options.dir, shlex.join(sys.argv[1:]))
-    text = hide_paths(_train_report.render(options, facts, runs, skipped), options)
+    text = _train_report.hide_paths(_train_report.render(options, facts, runs, skipped), options)
     print("\n" + text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -180,21 +180,6 @@ def make_policy(budget: str, pin: str) -> dict[str, Any]:
         "state": {"format": "exact"},
         "optimizer": {"update": "eager"},
     }
-
-
-def hide_paths(text: str, options: argparse.Namespace) -> str:
-    """Replace what is only true of this machine, so that the result can be shown."""
-    names = {
-        str(options.dir): "DIR",
-        str(options.deepspeed_python): "PYTHON",
-        str(options.deepspeed_extensions or ""): "EXTENSIONS",
-        str(options.out or ""): "RESULT",
-        str(_train_report.REPO): ".",
-        str(Path.home()): "~",
-    }
-    for path in filter(None, names):
-        text = text.replace(path, names[path])
-    return text
 
 
 def say(text: str) -> None:

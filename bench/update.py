@@ -154,7 +154,7 @@ def main() -> int:
         shutil.rmtree(scratch)
     facts = _train_report.collect_facts(options.dir, shlex.join(sys.argv[1:]), script="update.py")
     text = render(passes, facts | {"fio": f"{fio_version()}, mix, {point}"}, options)
-    text = text.replace(str(options.out or "RESULT"), "RESULT").replace(str(options.dir), "DIR")
+    text = _train_report.hide_paths(text, options)
     print("\n" + text)
     if options.out:
         options.out.write_text(text)

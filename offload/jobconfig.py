@@ -115,7 +115,8 @@ def numbers_of(config: FinetuneConfig) -> dict[str, Any]:
         for key, value in tree[section].items()
     }
     facts.pop("train.eval_batches")
-    facts["optimizer.kind"] = config.optimizer.kind
+    optimizer = tree["optimizer"]
+    facts |= {f"optimizer.{key}": optimizer[key] for key in ("kind", "name", "options")}
     return facts
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ from test_finetune import job
 
 from offload import finetune
 from offload.errors import StateError
-from offload.jobconfig import load_finetune
+from offload.jobconfig import FinetuneConfig, changed_numbers, load_finetune, numbers_of
 from offload.progress import Reporter
 from offload.swapfile import MANIFEST_NAME
 
@@ -114,3 +115,21 @@ def test_changed_numbers_are_refused_by_name(tmp_path: Path) -> None:
     assert "train.lr was 0.003, is 0.0001" in str(caught.value)
     assert "train.steps" not in str(caught.value)
     assert manifest.read_bytes() == before
+
+
+def test_another_optimizer_is_another_job(tmp_path: Path) -> None:
+    """Also where its planes are the same, and as the manifest has it, in JSON."""
+
+    def job_of(**optimizer: Any) -> FinetuneConfig:
+        return load_finetune({**durable_job(tmp_path / "run"), "optimizer": optimizer})
+
+    def changes(before: FinetuneConfig, now: FinetuneConfig) -> list[str]:
+        return changed_numbers(json.loads(json.dumps(numbers_of(before))), now)
+
+    slow = {"kind": "torch", "name": "RMSprop", "options": {"alpha": 0.9}}
+    assert changes(job_of(**slow), job_of(**slow)) == []
+    assert changes(job_of(kind="sgd"), job_of(kind="lion")) == [
+        "optimizer.kind was 'sgd', is 'lion'"
+    ]
+    found = changes(job_of(**slow), job_of(**{**slow, "options": {"alpha": 0.99}}))
+    assert found == ["optimizer.options was {'alpha': 0.9}, is {'alpha': 0.99}"]
