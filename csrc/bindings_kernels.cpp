@@ -32,12 +32,57 @@ struct OpRecord {
 };
 static_assert(sizeof(OpRecord) == 88, "the record has no padding");
 
-bool parse_op(const char* bytes, UpdateOp* op) {
+// Behind the record of a factored op: '<QQ', then the factors of rows and of columns in fp32.
+struct FactorRecord {
+  uint64_t num_rows;
+  uint64_t num_cols;
+};
+
+// What is left of the ops' bytes.
+struct Bytes {
+  const char* at;
+  size_t nbytes;
+
+  bool take(void* target, size_t count) {
+    if (!check(count <= nbytes, "ops end in the middle of a record")) {
+      return false;
+    }
+    std::memcpy(target, at, count);
+    at += count;
+    nbytes -= count;
+    return true;
+  }
+};
+
+bool parse_factors(Bytes* bytes, UpdateOp* op) {
+  FactorRecord record;
+  const uint64_t numel = op->end - op->begin;
+  if (!bytes->take(&record, sizeof(record)) ||
+      !check(record.num_rows > 0 && record.num_cols > 0 && record.num_rows <= numel &&
+                 record.num_cols <= numel / record.num_rows &&
+                 numel % (record.num_rows * record.num_cols) == 0,
+             "an op's range must be whole matrices of num_rows x num_cols")) {
+    return false;
+  }
+  const uint64_t num_factors = numel / record.num_cols + numel / record.num_rows;
+  if (!check(num_factors <= bytes->nbytes / sizeof(float), "ops end in the middle of factors")) {
+    return false;
+  }
+  op->factors.resize(num_factors);
+  op->rule.factored.shape = {record.num_rows, record.num_cols};
+  op->rule.factored.begin = op->begin;
+  op->rule.factored.numel = numel;
+  return bytes->take(op->factors.data(), num_factors * sizeof(float));
+}
+
+bool parse_op(Bytes* bytes, UpdateOp* op) {
   OpRecord record;
-  std::memcpy(&record, bytes, sizeof(record));
+  if (!bytes->take(&record, sizeof(record))) {
+    return false;
+  }
   if (!check(record.begin >= 0 && record.end >= 0, "an op's range must not be negative") ||
       !check(record.rule >= 0 && record.rule < kNumRules,
-             "an op's rule must be 0 (adamw), 1 (sgd) or 2 (lion)") ||
+             "an op's rule must be 0 (adamw), 1 (sgd), 2 (lion) or 3 (factored)") ||
       !check((record.flags & ~(kFlagMaximize | kFlagNesterov)) == 0, "an op has unknown flags") ||
       !check(record.step >= 1, "an op's step must be 1 or more")) {
     return false;
@@ -48,7 +93,8 @@ bool parse_op(const char* bytes, UpdateOp* op) {
       make_rule({static_cast<RuleKind>(record.rule), record.lr, record.beta1, record.beta2,
                  record.eps, record.weight_decay, record.grad_scale, record.seed, record.step,
                  (record.flags & kFlagMaximize) != 0, (record.flags & kFlagNesterov) != 0});
-  return true;
+  return op->rule.kind != RuleKind::kFactored ||
+         (check(record.begin < record.end, "an op's range is empty") && parse_factors(bytes, op));
 }
 
 }  // namespace
@@ -56,13 +102,13 @@ bool parse_op(const char* bytes, UpdateOp* op) {
 bool parse_ops(PyObject* object, std::vector<UpdateOp>* ops) {
   char* bytes = nullptr;
   Py_ssize_t nbytes = 0;
-  if (PyBytes_AsStringAndSize(object, &bytes, &nbytes) < 0 ||
-      !check(nbytes % sizeof(OpRecord) == 0, "ops must be a whole number of 88-byte records")) {
+  if (PyBytes_AsStringAndSize(object, &bytes, &nbytes) < 0) {
     return false;
   }
-  ops->resize(static_cast<size_t>(nbytes) / sizeof(OpRecord));
-  for (size_t i = 0; i < ops->size(); ++i) {
-    if (!parse_op(bytes + i * sizeof(OpRecord), &(*ops)[i])) {
+  Bytes left = {bytes, static_cast<size_t>(nbytes)};
+  while (left.nbytes > 0) {
+    ops->emplace_back();
+    if (!parse_op(&left, &ops->back())) {
       return false;
     }
   }
@@ -207,6 +253,37 @@ PyObject* kernel_sum_squares(PyObject*, PyObject* args, PyObject* kwargs) {
   return PyFloat_FromDouble(result);
 }
 
+PyObject* kernel_factor_sums(PyObject*, PyObject* args, PyObject* kwargs) {
+  static const char* names[] = {"src",   "src_lo",   "kind",     "num_rows", "num_cols",
+                                "numel", "row_sums", "col_sums", "isa",      nullptr};
+  uint64_t src = 0, src_lo = 0, numel = 0, row_sums = 0, col_sums = 0;
+  MatrixShape shape = {};
+  int kind = 0;
+  const char* isa = "auto";
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&iO&O&O&O&O&|s:factor_sums",
+                                   const_cast<char**>(names), convert_u64, &src, convert_u64,
+                                   &src_lo, &kind, convert_u64, &shape.num_rows, convert_u64,
+                                   &shape.num_cols, convert_u64, &numel, convert_u64, &row_sums,
+                                   convert_u64, &col_sums, &isa)) {
+    return nullptr;
+  }
+  const KernelSet* kernels = parse_isa(isa);
+  if (!kernels || !check_landing(src_lo, kind, 0) ||
+      !check(src && row_sums && col_sums, "factor_sums got the address 0") ||
+      !check(shape.num_rows > 0 && shape.num_cols > 0 && shape.num_rows <= numel &&
+                 shape.num_cols <= numel / shape.num_rows &&
+                 numel % (shape.num_rows * shape.num_cols) == 0,
+             "numel must be whole matrices of num_rows x num_cols")) {
+    return nullptr;
+  }
+  {
+    GilRelease released;
+    kernels->factor_sums(pointer<void>(src), pointer<uint16_t>(src_lo), static_cast<GradKind>(kind),
+                         shape, numel, pointer<double>(row_sums), pointer<double>(col_sums));
+  }
+  Py_RETURN_NONE;
+}
+
 // The ops of a job on planes in memory, at once and on this thread; numel may be anything.
 PyObject* kernel_apply_ops(PyObject*, PyObject* args, PyObject* kwargs) {
   static const char* names[] = {"format", "numel", "addresses", "ops", "isa", nullptr};
@@ -275,6 +352,7 @@ PyMethodDef kernel_functions[] = {
     {"join_fp32", with_keywords(kernel_join_fp32), METH_VARARGS | METH_KEYWORDS, nullptr},
     {"grad_land", with_keywords(kernel_grad_land), METH_VARARGS | METH_KEYWORDS, nullptr},
     {"sum_squares", with_keywords(kernel_sum_squares), METH_VARARGS | METH_KEYWORDS, nullptr},
+    {"factor_sums", with_keywords(kernel_factor_sums), METH_VARARGS | METH_KEYWORDS, nullptr},
     {"apply_ops", with_keywords(kernel_apply_ops), METH_VARARGS | METH_KEYWORDS, nullptr},
     {"isa", module_isa, METH_NOARGS, nullptr},
     {"supported_isas", module_supported_isas, METH_NOARGS, nullptr},

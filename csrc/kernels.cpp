@@ -203,6 +203,12 @@ inline void add_squares(Sums& sums, const Lanes& value) {
   }
 }
 
+inline Sums load_sums(const double* src) {
+  Sums sums;
+  std::memcpy(sums.lane, src, sizeof(sums.lane));
+  return sums;
+}
+
 inline void store_sums(double* dst, const Sums& sums) {
   std::memcpy(dst, sums.lane, sizeof(sums.lane));
 }
@@ -288,6 +294,16 @@ LionScalars lion_scalars(const StepHyper& hyper) {
   return scalars;
 }
 
+FactoredScalars factored_scalars(const StepHyper& hyper) {
+  FactoredScalars scalars = {};
+  scalars.grad_scale = grad_scale_of(hyper);
+  scalars.decay = decay_of(hyper);
+  scalars.lerp_weight = static_cast<float>(1.0 - hyper.beta1);
+  scalars.eps_sq = static_cast<float>(hyper.eps * hyper.eps);
+  scalars.negative_lr = static_cast<float>(-hyper.lr);
+  return scalars;
+}
+
 }  // namespace
 
 StepRule make_rule(const StepHyper& hyper) {
@@ -296,6 +312,7 @@ StepRule make_rule(const StepHyper& hyper) {
           adamw_scalars(hyper),
           sgd_scalars(hyper),
           lion_scalars(hyper),
+          factored_scalars(hyper),
           {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)}};
 }
 

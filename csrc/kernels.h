@@ -28,6 +28,12 @@
 // is the byte round(254 m / (s + |m|)), which is finer near zero (the companding of FlashOptim,
 // arXiv 2602.23349); exp_avg_sq is the unsigned byte round(255 sqrt(v) / s), and at least 1 where v
 // is not zero: as 0 it would make the next step many times too large. Zero bytes mean zero.
+//
+// [Note: factored] Adafactor (arXiv 1804.04235) keeps of the second moment of a matrix two vectors,
+// the moving means of its rows and of its columns, and takes row_i * col_j / mean(row) for element
+// (i, j). The caller keeps the vectors, and gives an op the factors of its step: row_i / mean(row)
+// and col_j, for every matrix of the parameter. A vector is a matrix of one column with the factor
+// 1. exp_avg averages the quotient of gradient and root, as in the paper's section 9.
 #pragma once
 
 #include <cstddef>
@@ -86,8 +92,14 @@ constexpr uint64_t tile_align_numel(StateFormat format) {
   return format == StateFormat::kInt8 ? 16 * kTileAlignNumel : kTileAlignNumel;
 }
 
-enum class RuleKind { kAdamw = 0, kSgd, kLion };
-constexpr int kNumRules = 3;
+enum class RuleKind { kAdamw = 0, kSgd, kLion, kFactored };
+constexpr int kNumRules = 4;
+
+// How a parameter is cut into matrices: as many as fit into it, row by row.
+struct MatrixShape {
+  uint64_t num_rows;
+  uint64_t num_cols;
+};
 
 // Hyperparameters of one step, as the optimizers of torch have them. SGD takes momentum as beta1
 // and dampening as beta2.
@@ -137,12 +149,26 @@ struct LionScalars {
   float negative_lr;
 };
 
+struct FactoredScalars {
+  float grad_scale;
+  float decay;
+  float lerp_weight;  // 1 - beta1
+  float eps_sq;
+  float negative_lr;
+  MatrixShape shape;
+  const float* rows;  // numel / num_cols of them, lent; null until the step runs
+  const float* cols;  // numel / num_rows of them
+  uint64_t begin;     // the parameter's elements in its chunk
+  uint64_t numel;
+};
+
 // One step, ready to run: the scalars of its kind, and the key of [Note: stochastic rounding].
 struct StepRule {
   RuleKind kind;
   AdamwScalars adamw;
   SgdScalars sgd;
   LionScalars lion;
+  FactoredScalars factored;
   uint32_t key[2];
 };
 
@@ -182,6 +208,11 @@ struct KernelSet {
                       size_t numel);
   // Of the joined values where low is not null.
   double (*sum_squares)(const void* high, const uint16_t* low, GradKind kind, size_t numel);
+  // The same by rows and by columns of every matrix: numel / num_cols and numel / num_rows sums in
+  // double. Lane j of 16 adds the elements i with i % 16 == j of a row in order, the lanes are
+  // added as a tree; a column adds in order.
+  void (*factor_sums)(const void* high, const uint16_t* low, GradKind kind,
+                      const MatrixShape& shape, size_t numel, double* row_sums, double* col_sums);
 };
 
 // "auto" (the widest this CPU has), "avx512", "avx2" or "portable"; null if unknown or not on this

@@ -208,6 +208,11 @@ inline void add_squares(Sums& sums, Lanes value) {
   add_quarter(sums.quarters[3], _mm256_extractf128_ps(value.high, 1));
 }
 
+inline Sums load_sums(const double* src) {
+  return {{_mm256_loadu_pd(src), _mm256_loadu_pd(src + 4), _mm256_loadu_pd(src + 8),
+           _mm256_loadu_pd(src + 12)}};
+}
+
 inline void store_sums(double* dst, const Sums& sums) {
   for (int i = 0; i < 4; ++i) {
     _mm256_storeu_pd(dst + 4 * i, sums.quarters[i]);

@@ -115,6 +115,10 @@ inline void add_squares(Sums& sums, Lanes value) {
   sums.high = _mm512_fmadd_pd(high, high, sums.high);
 }
 
+inline Sums load_sums(const double* src) {
+  return {_mm512_loadu_pd(src), _mm512_loadu_pd(src + 8)};
+}
+
 inline void store_sums(double* dst, const Sums& sums) {
   _mm512_storeu_pd(dst, sums.low);
   _mm512_storeu_pd(dst + 8, sums.high);

@@ -3,7 +3,7 @@
 //   load, store, broadcast, add, sub, mul, div, fma, sqrt, min, max, sign, nan_else;
 //   bits_of, lanes_of, round_to_ints, to_lanes, ibroadcast, lane_numbers, iadd, imul, iand, ixor,
 //   shift_left, shift_right, largest; load_u16, load_s16, load_u8, load_s8, store_u16, store_u8;
-//   zero_sums, add_squares, store_sums.
+//   zero_sums, add_squares, load_sums, store_sums.
 
 constexpr size_t kLanes = 16;
 
@@ -214,17 +214,64 @@ double sum_squares(const void* high, const uint16_t* low, GradKind kind, size_t 
   return sum_tiles(numel, Bf16Values{static_cast<const uint16_t*>(high), low});
 }
 
+// The squares of one row, and every square onto the sum of its column.
+template <typename Values>
+double row_sum(const Values& values, size_t begin, size_t num_cols, double* col_sums) {
+  Sums row = zero_sums();
+  size_t j = 0;
+  for (; j + kLanes <= num_cols; j += kLanes) {
+    const Lanes value = values.block(begin + j);
+    add_squares(row, value);
+    Sums column = load_sums(col_sums + j);
+    add_squares(column, value);
+    store_sums(col_sums + j, column);
+  }
+  if (j < num_cols) {
+    const Lanes value = values.tail(begin + j, num_cols - j);
+    add_squares(row, value);
+    double padded[kLanes] = {};
+    std::memcpy(padded, col_sums + j, (num_cols - j) * sizeof(double));
+    Sums column = load_sums(padded);
+    add_squares(column, value);
+    store_sums(padded, column);
+    std::memcpy(col_sums + j, padded, (num_cols - j) * sizeof(double));
+  }
+  return sum_of_lanes(row);
+}
+
+template <typename Values>
+void factor_sums_of(const Values& values, const MatrixShape& shape, size_t numel, double* row_sums,
+                    double* col_sums) {
+  std::memset(col_sums, 0, numel / shape.num_rows * sizeof(double));
+  for (size_t row = 0; row < numel / shape.num_cols; ++row) {
+    double* const columns = col_sums + row / shape.num_rows * shape.num_cols;
+    row_sums[row] = row_sum(values, row * shape.num_cols, shape.num_cols, columns);
+  }
+}
+
+void factor_sums(const void* high, const uint16_t* low, GradKind kind, const MatrixShape& shape,
+                 size_t numel, double* row_sums, double* col_sums) {
+  if (kind == GradKind::kFp32) {
+    factor_sums_of(Fp32Values{static_cast<const float*>(high)}, shape, numel, row_sums, col_sums);
+  } else {
+    factor_sums_of(Bf16Values{static_cast<const uint16_t*>(high), low}, shape, numel, row_sums,
+                   col_sums);
+  }
+}
+
 #include "kernels_formats.h"
 #include "kernels_rules.h"
 
 template <typename Format, typename Rule>
-inline void update_block(const Rule& rule, const Planes& planes, size_t i, const Random& random) {
+inline void update_block(const Rule& rule, const Planes& planes, size_t i, uint64_t element,
+                         const Random& random) {
   Moments<Format::kBlocks> moments;
   Format::template load_moments<Rule::kHasSquares>(planes, i, moments);
   for (size_t b = 0; b < Format::kBlocks; ++b) {
     const size_t at = i + b * kLanes;
     Lanes weight = Format::load_weight(planes, at);
-    rule.step(Format::load_grad(planes, at), weight, moments.exp_avg[b], moments.exp_avg_sq[b]);
+    rule.step(element + b * kLanes, Format::load_grad(planes, at), weight, moments.exp_avg[b],
+              moments.exp_avg_sq[b]);
     Format::store_weight(planes, at, weight);
   }
   Format::template store_moments<Rule::kHasSquares>(planes, i, moments, random);
@@ -233,7 +280,7 @@ inline void update_block(const Rule& rule, const Planes& planes, size_t i, const
 // The last elements, fewer than a block, in memory of their own with zeros behind them.
 template <typename Format, typename Rule>
 void update_tail(const Rule& rule, const Planes& planes, size_t begin, size_t numel,
-                 const Random& random) {
+                 uint64_t element, const Random& random) {
   char memory[kNumPlanes][Format::kBlocks * kLanes * sizeof(float)] = {};
   char* source[kNumPlanes] = {};
   Planes padded = {};
@@ -244,7 +291,7 @@ void update_tail(const Rule& rule, const Planes& planes, size_t begin, size_t nu
       std::memcpy(memory[plane], source[plane], plane_nbytes(Format::kFormat, plane, numel));
     }
   }
-  update_block<Format>(rule, padded, 0, random.from(begin));
+  update_block<Format>(rule, padded, 0, element + begin, random.from(begin));
   for (int plane = 0; plane < kGrad; ++plane) {
     if (planes.at[plane]) {
       std::memcpy(source[plane], memory[plane], plane_nbytes(Format::kFormat, plane, numel));
@@ -253,29 +300,30 @@ void update_tail(const Rule& rule, const Planes& planes, size_t begin, size_t nu
 }
 
 template <typename Format, typename Rule>
-void update_as(const Rule& rule, const Planes planes, size_t numel, const Random random) {
+void update_as(const Rule& rule, const Planes planes, size_t numel, uint64_t element,
+               const Random random) {
   constexpr size_t kBlock = Format::kBlocks * kLanes;
   size_t i = 0;
   for (; i + kBlock <= numel; i += kBlock) {
-    update_block<Format>(rule, planes, i, random);
+    update_block<Format>(rule, planes, i, element + i, random);
   }
   if (i < numel) {
-    update_tail<Format>(rule, planes, i, numel - i, random);
+    update_tail<Format>(rule, planes, i, numel - i, element, random);
   }
 }
 
 template <typename Rule>
 void update_with(StateFormat format, const Rule& rule, const Planes& planes, size_t numel,
-                 const Random& random) {
+                 uint64_t element, const Random& random) {
   switch (format) {
     case StateFormat::kFp32:
-      return update_as<Fp32Format>(rule, planes, numel, random);
+      return update_as<Fp32Format>(rule, planes, numel, element, random);
     case StateFormat::kExact:
-      return update_as<ExactFormat>(rule, planes, numel, random);
+      return update_as<ExactFormat>(rule, planes, numel, element, random);
     case StateFormat::kBf16:
-      return update_as<Bf16Format>(rule, planes, numel, random);
+      return update_as<Bf16Format>(rule, planes, numel, element, random);
     case StateFormat::kInt8:
-      return update_as<Int8Format>(rule, planes, numel, random);
+      return update_as<Int8Format>(rule, planes, numel, element, random);
   }
 }
 
@@ -288,13 +336,15 @@ void update(StateFormat format, const StepRule& rule, char* const planes[kNumPla
     case RuleKind::kAdamw:
       // torch's lerp: it starts from the nearer end.
       if (rule.adamw.lerp_weight < 0.5f && rule.adamw.lerp_weight > -0.5f) {
-        return update_with(format, AdamwRule<false>(rule.adamw), at, numel, random);
+        return update_with(format, AdamwRule<false>(rule.adamw), at, numel, index, random);
       }
-      return update_with(format, AdamwRule<true>(rule.adamw), at, numel, random);
+      return update_with(format, AdamwRule<true>(rule.adamw), at, numel, index, random);
     case RuleKind::kSgd:
-      return update_with(format, SgdRule(rule.sgd), at, numel, random);
+      return update_with(format, SgdRule(rule.sgd), at, numel, index, random);
     case RuleKind::kLion:
-      return update_with(format, LionRule(rule.lion), at, numel, random);
+      return update_with(format, LionRule(rule.lion), at, numel, index, random);
+    case RuleKind::kFactored:
+      return update_with(format, FactoredRule(rule.factored), at, numel, index, random);
   }
 }
 
@@ -306,5 +356,6 @@ constexpr KernelSet make_kernel_set(const char* isa) {
           join_master<uint8_t>,
           update,
           grad_land,
-          sum_squares};
+          sum_squares,
+          factor_sums};
 }

@@ -1,6 +1,6 @@
 // The arithmetic of the optimizers on 16 elements in fp32, included by kernels_body.h. A rule has
-// kHasSquares (whether it uses exp_avg_sq) and step(); its scalars are in every lane, so that a
-// loop keeps them in registers.
+// kHasSquares (whether it uses exp_avg_sq) and step(), which is told the number of the first
+// element in its chunk; its scalars are in every lane, so that a loop keeps them in registers.
 
 // The shape of every line is that of torch's fused CPU kernel, and so is which multiply-adds are
 // fused: lerp and the second moment are, the update of the weight is not. This was found by trying
@@ -22,7 +22,7 @@ struct AdamwRule {
         eps(broadcast(s.eps)),
         step_size(broadcast(s.step_size)) {}
 
-  void step(Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes& exp_avg_sq) const {
+  void step(uint64_t, Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes& exp_avg_sq) const {
     grad = mul(grad, grad_scale);
     weight = mul(weight, decay);
     exp_avg = fma(lerp, sub(grad, exp_avg), kLerpFromGrad ? grad : exp_avg);
@@ -49,7 +49,7 @@ struct SgdRule {
         is_first(s.is_first),
         nesterov(s.nesterov) {}
 
-  void step(Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes&) const {
+  void step(uint64_t, Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes&) const {
     grad = mul(grad, grad_scale);
     if (has_weight_decay) {
       grad = fma(weight, weight_decay, grad);
@@ -76,10 +76,63 @@ struct LionRule {
         grad_weight2(broadcast(s.grad_weight2)),
         negative_lr(broadcast(s.negative_lr)) {}
 
-  void step(Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes&) const {
+  void step(uint64_t, Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes&) const {
     grad = mul(grad, grad_scale);
     const Lanes direction = sign(fma(grad, grad_weight1, mul(exp_avg, beta1)));
     weight = fma(direction, negative_lr, mul(weight, decay));
     exp_avg = fma(grad, grad_weight2, mul(exp_avg, beta2));
+  }
+};
+
+// See [Note: factored].
+struct FactoredRule {
+  static constexpr bool kHasSquares = false;
+  Lanes grad_scale, decay, lerp, eps_sq, negative_lr;
+  const float* rows;
+  const float* cols;
+  MatrixShape shape;
+  uint64_t begin, numel;
+
+  explicit FactoredRule(const FactoredScalars& s)
+      : grad_scale(broadcast(s.grad_scale)),
+        decay(broadcast(s.decay)),
+        lerp(broadcast(s.lerp_weight)),
+        eps_sq(broadcast(s.eps_sq)),
+        negative_lr(broadcast(s.negative_lr)),
+        rows(s.rows),
+        cols(s.cols),
+        shape(s.shape),
+        begin(s.begin),
+        numel(s.numel) {}
+
+  void step(uint64_t element, Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes&) const {
+    grad = mul(grad, grad_scale);
+    const Lanes direction = div(grad, sqrt(max(squares(element - begin), eps_sq)));
+    exp_avg = fma(lerp, sub(direction, exp_avg), exp_avg);
+    weight = fma(exp_avg, negative_lr, mul(weight, decay));
+  }
+
+  // The second moment of 16 elements, from the parameter's element `at` on.
+  Lanes squares(uint64_t at) const {
+    const uint64_t row = at / shape.num_cols, col = at - row * shape.num_cols;
+    if (at < numel && col + kLanes <= shape.num_cols) {
+      const float* columns = cols + row / shape.num_rows * shape.num_cols;
+      return mul(broadcast(rows[row]), load(columns + col));
+    }
+    return mul(load(gathered(at, row, col, true).values),
+               load(gathered(at, row, col, false).values));
+  }
+
+  // The factors of rows or columns where 16 elements are not all of one row.
+  Padded<float> gathered(uint64_t at, uint64_t row, uint64_t col, bool of_rows) const {
+    Padded<float> result;
+    for (size_t j = 0; j < kLanes && at + j < numel; ++j) {
+      result.values[j] = of_rows ? rows[row] : cols[row / shape.num_rows * shape.num_cols + col];
+      if (++col == shape.num_cols) {
+        col = 0;
+        ++row;
+      }
+    }
+    return result;
   }
 };

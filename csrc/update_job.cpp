@@ -216,12 +216,17 @@ void run_kernels(const UpdateJob& job, const KernelSet& kernels, uint64_t begin,
   for (size_t i = first_op_after(job, begin); i < job.ops.size() && job.ops[i].begin < end; ++i) {
     const UpdateOp& op = job.ops[i];
     const uint64_t from = std::max(op.begin, begin);
+    StepRule rule = op.rule;
+    if (rule.kind == RuleKind::kFactored) {
+      rule.factored.rows = op.factors.data();
+      rule.factored.cols = op.factors.data() + (op.end - op.begin) / rule.factored.shape.num_cols;
+    }
     char* at[kNumPlanes];
     for (int plane = 0; plane < kNumPlanes; ++plane) {
       at[plane] =
           planes[plane] ? planes[plane] + plane_nbytes(job.format, plane, from - begin) : nullptr;
     }
-    kernels.update(job.format, op.rule, at, from, std::min(op.end, end) - from);
+    kernels.update(job.format, rule, at, from, std::min(op.end, end) - from);
   }
 }
 

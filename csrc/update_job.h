@@ -41,6 +41,7 @@ struct UpdateOp {
   uint64_t begin;
   uint64_t end;
   StepRule rule;
+  std::vector<float> factors = {};  // of kFactored: those of the rows, then those of the columns
 };
 
 struct UpdateJob {

@@ -28,7 +28,7 @@ from offload.policy import OffloadPolicy, load_policy
 if TYPE_CHECKING:
     from torch import nn
 
-    from offload.optim import SGD, AdamW, Lion
+    from offload.optim import SGD, Adafactor, AdamW, Lion
     from offload.plan import Plan
     from offload.scale import SCALE
     from offload.session import Session
@@ -41,6 +41,7 @@ _AT_FIRST_USE = {
     "AdamW": "offload.optim",
     "SCALE": "offload.scale",
     "Torch": "offload.torchoptim",
+    "Adafactor": "offload.optim",
     "Lion": "offload.optim",
     "Plan": "offload.plan",
     "SGD": "offload.optim",
@@ -93,6 +94,7 @@ def plan_for(model: nn.Module, policy: PolicySource) -> Plan:
 __all__ = [
     "AdamW",
     "BudgetError",
+    "Adafactor",
     "Lion",
     "NumericsError",
     "OffloadError",

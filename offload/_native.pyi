@@ -214,6 +214,17 @@ def grad_land(
     float64, the same on every machine.
     """
 
+def factor_sums(
+    src: int,
+    src_lo: int,
+    kind: int,
+    num_rows: int,
+    num_cols: int,
+    numel: int,
+    row_sums: int,
+    col_sums: int,
+    isa: str = "auto",
+) -> None: ...
 def sum_squares(src: int, src_lo: int, numel: int, kind: int, isa: str = "auto") -> float:
     """Return the sum of squares of a gradient plane in grad_land's fixed order."""
 

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 
 from offload.errors import StateError
+from offload.factored import FactoredStep
+from offload.factors import FactorSums
 from offload.formats import Plane
 from offload.slots import Region, Slot
 from offload.spec import ChunkSpec as ChunkSpec
@@ -30,6 +32,7 @@ class Gradient:
     spilled: bool = False
     moving: bool = False  # a spill or its way back is in flight
     sum_squares: dict[int, float] = dataclasses.field(default_factory=dict)  # by parameter position
+    factor_sums: dict[int, FactorSums] = dataclasses.field(default_factory=dict)
     accumulated: set[int] = dataclasses.field(default_factory=set)  # over several backwards
     graph_task: dict[int, int] = dataclasses.field(
         default_factory=dict
@@ -43,13 +46,14 @@ class PlaneStep(Protocol):
         """Take the step, in place; `work` is fp32 memory that the plan has for it."""
 
 
-Ops = bytes | PlaneStep
+Ops = bytes | FactoredStep | PlaneStep
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Update:
     """A pending optimizer step of one chunk: kept at the latest by the chunk's next fetch. `ops` is
-    what the native worker reads, or a step on whole planes.
+    what the native worker reads, what it is made of when the step starts, or a step on whole
+    planes.
     """
 
     ops: Ops

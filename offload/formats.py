@@ -27,7 +27,9 @@ from offload import _native
 
 
 class Plane(enum.Enum):
-    """One array of a chunk; all but TORCH_STATE are elementwise parallel, scales by groups."""
+    """One array of a chunk; those of STATE_BY_PARAM have a layout of their own by parameter, the
+    others are elementwise parallel, scales by groups.
+    """
 
     WEIGHT = "weight"
     RESIDUE = "residue"
@@ -36,6 +38,7 @@ class Plane(enum.Enum):
     EXP_AVG_SCALE = "exp_avg_scale"
     EXP_AVG_SQ_SCALE = "exp_avg_sq_scale"
     TORCH_STATE = "torch_state"  # what a torch optimizer keeps; see [Note: torch state]
+    FACTORS = "factors"  # row and column means of a second moment; always in RAM
     GRAD = "grad"
     GRAD_LO = "grad_lo"
 
@@ -49,7 +52,8 @@ _NATIVE_STATE_PLANES = (
     Plane.EXP_AVG_SQ,
     *SCALE_PLANES,
 )
-STATE_PLANES = (*_NATIVE_STATE_PLANES, Plane.TORCH_STATE)
+STATE_BY_PARAM = (Plane.TORCH_STATE, Plane.FACTORS)
+STATE_PLANES = _NATIVE_STATE_PLANES + STATE_BY_PARAM
 GRAD_PLANES = (Plane.GRAD, Plane.GRAD_LO)
 NATIVE_PLANE_ORDER = _NATIVE_STATE_PLANES + GRAD_PLANES
 
@@ -101,8 +105,8 @@ class StateFormat:
 
     @property
     def state_itemsize(self) -> float:
-        """Bytes per parameter that persist between steps, but for TORCH_STATE."""
-        planes = [plane for plane in self.state_planes if plane is not Plane.TORCH_STATE]
+        """Bytes per parameter that persist between steps, but for STATE_BY_PARAM."""
+        planes = [plane for plane in self.state_planes if plane not in STATE_BY_PARAM]
         return sum(self.nbytes(plane, GROUP_NUMEL) for plane in planes) / GROUP_NUMEL
 
 
@@ -131,8 +135,8 @@ FORMATS = {
 
 
 def state_format(name: str, optimizer: str = "adamw") -> StateFormat:
-    """The format as an optimizer needs it: only AdamW keeps a second moment, and one of torch has
-    a plane of its own for whatever it keeps.
+    """The format as an optimizer needs it: only AdamW keeps a second moment by element,
+    Adafactor its factors, and one of torch has a plane of its own for whatever it keeps.
     """
     fmt = FORMATS[name]
     if optimizer == "adamw":
@@ -143,6 +147,8 @@ def state_format(name: str, optimizer: str = "adamw") -> StateFormat:
         dtypes[Plane.TORCH_STATE] = torch.float32
     else:
         dtypes = {plane: d for plane, d in fmt.dtypes.items() if plane not in SQUARES_PLANES}
+        if optimizer == "adafactor":
+            dtypes[Plane.FACTORS] = torch.float32
     return dataclasses.replace(fmt, dtypes=dtypes)
 
 
@@ -197,3 +203,20 @@ def gradient_sum_squares(plane: torch.Tensor) -> float:
     """Sum of squares of a landed gradient plane (N), in the same order as land_gradient's."""
     kind = 1 if plane.dtype is torch.float32 else 0
     return float(_native.sum_squares(plane.data_ptr(), 0, plane.numel(), kind))
+
+
+def gradient_factor_sums(
+    plane: torch.Tensor, plane_lo: torch.Tensor | None, num_rows: int, num_cols: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of squares of a landed gradient (N) by rows (N / num_cols) and by columns (N / num_rows)
+    of its matrices, in float64 and in a fixed order.
+    """
+    rows = torch.empty(plane.numel() // num_cols, dtype=torch.float64)
+    cols = torch.empty(plane.numel() // num_rows, dtype=torch.float64)
+    kind = 1 if plane.dtype is torch.float32 else 0
+    low = 0 if plane_lo is None else plane_lo.data_ptr()
+    _native.factor_sums(
+        plane.data_ptr(), low, kind, num_rows, num_cols, plane.numel(),
+        rows.data_ptr(), cols.data_ptr(),
+    )  # fmt: skip
+    return rows, cols

@@ -21,7 +21,15 @@ from offload import io
 from offload.chunk import Chunk, Gradient, Ops
 from offload.engine import Engine
 from offload.errors import BudgetError, NumericsError, StateError
-from offload.formats import LandMode, Plane, gradient_sum_squares, join_master, land_gradient
+from offload.factors import FactorSums, matrix_of
+from offload.formats import (
+    LandMode,
+    Plane,
+    gradient_factor_sums,
+    gradient_sum_squares,
+    join_master,
+    land_gradient,
+)
 from offload.slots import Slot
 from offload.stats import UPDATE
 from offload.tier import Link
@@ -148,6 +156,16 @@ class Gradients:
             None if gradient.lo is None else self._view(chunk, gradient.lo, Plane.GRAD_LO, position)
         )
         gradient.sum_squares[position] = land_gradient(source, high, low, mode)
+        self._book_factors(chunk, gradient, position, high, low)
+
+    def _book_factors(
+        self, chunk: Chunk, gradient: Gradient, position: int, high: torch.Tensor,
+        low: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """The sums of [Note: factors], of what the planes hold now."""
+        if Plane.FACTORS in self.engine.plan.fmt.dtypes:
+            shape = matrix_of(chunk.spec.params[position].shape)
+            gradient.factor_sums[position] = FactorSums(*gradient_factor_sums(high, low, *shape))
 
     def _land_from_device(
         self, chunk: Chunk, position: int, grad: torch.Tensor, mode: LandMode
@@ -173,6 +191,7 @@ class Gradients:
         def finish(result: int, fd: int, offset: int) -> None:
             if mode is LandMode.SET:
                 gradient.sum_squares[position] = gradient_sum_squares(target)
+                self._book_factors(chunk, gradient, position, target, None)
             else:
                 self._settle(chunk, position, target, mode)
             arriving.discard(position)

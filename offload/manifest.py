@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from offload.errors import StateError, StorageError
-from offload.formats import FORMATS, STATE_PLANES, Plane
+from offload.formats import FORMATS, STATE_BY_PARAM, STATE_PLANES, Plane
 from offload.store import Extent, PlaneExtents
 from offload.swapfile import ALIGN_NBYTES, MANIFEST_MAGIC
 
@@ -160,12 +160,12 @@ def _check_chunk(chunk: ChunkRecord, state_format: str) -> None:
             raise ValueError(f"chunk {chunk.name}: parameter {param.name} reaches beyond it")
         if math.prod(param.shape) != param.numel:
             raise ValueError(f"chunk {chunk.name}: parameter {param.name} has another size")
-    known = {plane.value: plane for plane in (*fmt.state_planes, Plane.TORCH_STATE)}
+    known = {plane.value: plane for plane in (*fmt.state_planes, *STATE_BY_PARAM)}
     if not set(chunk.planes) <= set(known) or Plane.WEIGHT.value not in chunk.planes:
         raise ValueError(f"chunk {chunk.name}: planes {sorted(chunk.planes)} are not {fmt.name}'s")
     for name, record in chunk.planes.items():
         for pieces in record.extents:
-            if known[name] is Plane.TORCH_STATE:
+            if known[name] in STATE_BY_PARAM:
                 continue  # who goes on with the run says what size it has: see recovery.py
             if sum(nbytes for _, _, nbytes in pieces) != fmt.nbytes(known[name], chunk.numel):
                 raise ValueError(f"chunk {chunk.name}: plane {name} has another size")

@@ -12,11 +12,13 @@ import torch
 
 from offload.chunk import Chunk, Ops
 from offload.errors import StateError
+from offload.factored import FactoredParam, FactoredStep
+from offload.factors import matrix_of
 from offload.formats import Plane
 from offload.optimstate import TorchState
 from offload.routing import Owner, owner_of
 from offload.stats import StepResult
-from offload.update import AdamWOp, LionOp, Op, SGDOp, pack_ops
+from offload.update import AdamWOp, FactoredOp, LionOp, Op, SGDOp, pack_ops
 
 _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 
@@ -73,7 +75,15 @@ class TierOptimizer(torch.optim.Optimizer):
         """The update of the given parameters of a chunk, with the present hyperparameters; counts
         their steps.
         """
-        ops = []
+        captured = self._capture(chunk, positions, scales)
+        return [self._op(group, common) for _, group, common in captured]
+
+    def _capture(
+        self, chunk: Chunk, positions: Iterable[int], scales: dict[tuple[int, int], float]
+    ) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+        """Yield (position, group, fields of Op) of every parameter that is this optimizer's, and
+        count its step.
+        """
         for position in sorted(positions):
             spec, group_index = (
                 chunk.spec.params[position],
@@ -93,8 +103,7 @@ class TierOptimizer(torch.optim.Optimizer):
                 "grad_scale": scales.get((chunk.spec.index, position), 1.0),
                 "seed": chunk.spec.index,  # so that no two chunks round by the same bits
             }
-            ops.append(self._op(group, common))
-        return ops
+            yield position, group, common
 
     def update_of(
         self, chunk: Chunk, positions: Iterable[int], scales: dict[tuple[int, int], float]
@@ -224,6 +233,60 @@ class AdamW(TierOptimizer):
     def _op(self, group: dict[str, Any], common: dict[str, Any]) -> Op:
         beta1, beta2 = map(float, group["betas"])
         return AdamWOp(beta1=beta1, beta2=beta2, eps=float(group["eps"]), **common)
+
+
+class Adafactor(TierOptimizer):
+    """Adam with Adafactor's factored second moment (arXiv 1804.04235): for a matrix two vectors
+    instead of a moment; needs `optimizer.kind: adafactor`.
+
+    w = (1 - lr weight_decay) w - lr m, where m is the mean (beta1) of g / max(sqrt(v), eps), and v
+    moves by step**beta2_decay. The learning rate is AdamW's: steps are neither relative to the
+    weights nor cut by their size (the paper's sections 6 and 8), so clip the gradient's norm, and
+    warm up. `offload.Torch` runs torch's Adafactor, which has both and no momentum.
+    """
+
+    kind = "adafactor"
+
+    def __init__(
+        self,
+        params: _Params,
+        lr: float = 1e-3,
+        beta1: float = 0.9,
+        beta2_decay: float = -0.8,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        _check_not_negative(type(self).__name__, lr=lr, eps=eps, weight_decay=weight_decay)
+        if not 0 <= beta1 < 1:
+            raise ValueError(f"Adafactor: beta1 is {beta1}; it must be in [0, 1).")
+        if not beta2_decay <= 0:
+            raise ValueError(f"Adafactor: beta2_decay is {beta2_decay}; it must be 0 or less.")
+        defaults = {
+            "lr": lr,
+            "beta1": beta1,
+            "beta2_decay": beta2_decay,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def update_of(
+        self, chunk: Chunk, positions: Iterable[int], scales: dict[tuple[int, int], float]
+    ) -> Ops | None:
+        params = []
+        for position, group, common in self._capture(chunk, positions, scales):
+            spec = chunk.spec.params[position]
+            num_rows, num_cols = matrix_of(spec.shape)
+            op = FactoredOp(
+                beta1=float(group["beta1"]), eps=float(group["eps"]),
+                num_rows=num_rows, num_cols=num_cols, **common,
+            )  # fmt: skip
+            weight = op.step ** float(group["beta2_decay"])
+            params.append(FactoredParam(position=position, op=op, state=spec.state, weight=weight))
+        return FactoredStep(tuple(params)) if params else None
 
 
 class SGD(TierOptimizer):

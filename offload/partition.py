@@ -53,9 +53,16 @@ def partition(model: nn.Module, optimizer: OptimizerPolicy | None = None) -> Par
         else:
             builder.add_owner(name, module)
     parts = builder.finish()
-    if optimizer is not None and optimizer.kind == "torch":
-        parts.specs = with_torch_state(parts.specs, optimizer)
+    if optimizer is not None:
+        parts.specs = with_state(parts.specs, optimizer)
     return parts
+
+
+def with_state(specs: list[ChunkSpec], optimizer: OptimizerPolicy) -> list[ChunkSpec]:
+    """The same chunks with room for what the policy's optimizer keeps by parameter."""
+    if optimizer.kind == "adafactor":
+        return [spec.with_factors() for spec in specs]
+    return with_torch_state(specs, optimizer) if optimizer.kind == "torch" else specs
 
 
 def with_torch_state(specs: Sequence[ChunkSpec], optimizer: OptimizerPolicy) -> list[ChunkSpec]:

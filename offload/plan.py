@@ -13,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from offload import space
 from offload.chunk import ChunkSpec
 from offload.errors import BudgetError
 from offload.formats import GRAD_PLANES, NUMEL_MULTIPLE, Plane, StateFormat
@@ -20,8 +21,6 @@ from offload.policy import OffloadPolicy, format_nbytes, short_nbytes
 from offload.schedule import count_loads, default_order
 from offload.slots import HUGE_PAGE_NBYTES, round_up
 from offload.space import PoolSpec as PoolSpec
-from offload.space import beside_nbytes, saving, scratch_nbytes, size_classes, work_nbytes
-from offload.space import state_itemsize as state_itemsize_of
 from offload.store import shares, table_nbytes
 from offload.swapfile import ALIGN_NBYTES
 from offload.update import tile_buffer_nbytes
@@ -91,7 +90,7 @@ class Plan:
     @property
     def work_nbytes(self) -> int:
         """Of the scratch: what a torch optimizer's step of one parameter works on."""
-        return work_nbytes(self.specs, self.fmt)
+        return space.work_nbytes(self.specs, self.fmt)
 
     @property
     def scratch_nbytes(self) -> int:
@@ -102,12 +101,12 @@ class Plan:
             s.index: [p for p in self.nvme_planes(s) if (s.index, p) not in self.pinned]
             for s in self.specs
         }
-        return scratch_nbytes(self.specs, self.fmt, moving)
+        return space.scratch_nbytes(self.specs, self.fmt, moving)
 
     @property
     def beside_nbytes(self) -> int:
-        """RAM under the budget that is not the slab's: what a torch optimizer allocates itself."""
-        return beside_nbytes(self.specs, self.fmt)
+        """RAM under the budget that is not the slab's: what an optimizer needs beside it."""
+        return space.beside_nbytes(self.specs, self.fmt)
 
     @property
     def slab_nbytes(self) -> int:
@@ -235,7 +234,7 @@ class Plan:
         lines = [
             f"{num_params / 1e6:.1f} M parameters in {len(self.specs)} chunks, format "
             f"{self.fmt.name} "
-            f"({state_itemsize_of(self.specs, self.fmt):g} B/param): "
+            f"({space.state_itemsize(self.specs, self.fmt):g} B/param): "
             f"{short_nbytes(self.state_nbytes)} of state",
             f"CPU slab {short_nbytes(self.slab_nbytes)} "
             f"of {short_nbytes(self.cpu_budget_nbytes)} "
@@ -243,10 +242,7 @@ class Plan:
         ]
         lines += [f"  {name:<28} {short_nbytes(nbytes):>12}" for name, nbytes in self.terms()]
         if self.beside_nbytes:
-            lines.append(
-                f"  and {short_nbytes(self.beside_nbytes)} beside it, for what torch allocates in "
-                "the step of one parameter"
-            )
+            lines.append(space.beside_line(self.beside_nbytes, self.fmt))
         if self.uses_files:
             read, write = self.traffic()
             what = "swap files, two versions of what changes" if self.commit_every else "swap files"
@@ -319,15 +315,13 @@ class _Planner:
         self.weights = tuple(weights) or (1.0,) * (len(nvme.paths) if nvme is not None else 0)
         self.specs, self.fmt, self.policy = specs, fmt, policy
         self.host_compute = host_compute
-        self.beside_nbytes = beside_nbytes(specs, fmt)
+        self.beside_nbytes = space.beside_nbytes(specs, fmt)
         self.budget = policy.tiers.cpu.budget - self.beside_nbytes  # for the slab
         self.has_nvme = policy.tiers.nvme is not None
         self.may_pin = policy.tiers.cpu.pin is not False
         self.num_gpu_slots = self._fit_gpu_slots()
         self.tile_numel = tile_numel
-        self.small = frozenset(
-            (s.index, p) for s in specs if s.is_small for p in s.state_planes(fmt)
-        )
+        self.small = space.always_in_ram(specs, fmt)
 
     def plan(self) -> Plan:
         if self.may_pin or not self.has_nvme:
@@ -347,7 +341,7 @@ class _Planner:
     def _refusal(self, nbytes: int, case: str) -> BudgetError:
         needed = round_up(nbytes, HUGE_PAGE_NBYTES) + round_up(self.beside_nbytes, 1 << 20)
         plan = self._smallest() if self.has_nvme else self._ram_only(extra_lo=False)
-        beside = [("allocated by torch", self.beside_nbytes)] if self.beside_nbytes else []
+        beside = [("beside the slab", self.beside_nbytes)] if self.beside_nbytes else []
         rows = "; ".join(f"{name} {short_nbytes(n)}" for name, n in [*plan.terms(), *beside])
         other = "" if self.has_nvme else ", or name a drive in tiers.nvme.paths"
         return BudgetError(
@@ -389,7 +383,8 @@ class _Planner:
     # Everything in RAM: no file is ever opened.
 
     def _all_in_ram(self) -> Plan | None:
-        for extra_lo in (True, False):
+        # Without low halves gradients cannot accumulate; with a drive another plan lets them.
+        for extra_lo in (True,) if self.has_nvme else (True, False):
             plan = self._ram_only(extra_lo=extra_lo)
             if round_up(plan.slab_nbytes, HUGE_PAGE_NBYTES) <= self.budget:
                 return plan
@@ -401,7 +396,7 @@ class _Planner:
         bounce = 0 if self.host_compute else 1
         pools = tuple(
             self._pool(members, weight=0, grad=per_chunk * self._num_trainable(members) + bounce)
-            for members in size_classes(self.specs)
+            for members in space.size_classes(self.specs)
         )
         return self._base(pools=pools, pinned=pinned, grads_resident=True, uses_nvme=False)
 
@@ -410,7 +405,7 @@ class _Planner:
     def _smallest(self) -> Plan:
         cpu = self.policy.tiers.cpu
         pools = []
-        for members in size_classes(self.specs):
+        for members in space.size_classes(self.specs):
             has_weights = any((i, Plane.WEIGHT) not in self.small for i in members)
             weight = (cpu.weight_slots or 1) if has_weights else 0
             grad = self._grad_slots(cpu.grad_slots or 1) if self._num_trainable(members) else 0
@@ -454,7 +449,7 @@ class _Planner:
         left = self.budget - HUGE_PAGE_NBYTES - plan.slab_nbytes
         pinned = set(plan.pinned)
         pairs = [(s, p) for p in self.fmt.state_planes for s in self.specs]
-        saves = {(s.index, p): saving(plan.pool_of(s.index), s, p) for s, p in pairs}
+        saves = {(s.index, p): space.saving(plan.pool_of(s.index), s, p) for s, p in pairs}
         pairs.sort(key=lambda pair: -saves[pair[0].index, pair[1]])
         for spec, plane in pairs:
             key, nbytes = (spec.index, plane), spec.nbytes(plane, self.fmt)
@@ -469,7 +464,7 @@ class _Planner:
             return 0
         sizes = [
             (max(self.specs[i].nbytes(Plane.WEIGHT, self.fmt) for i in members), len(members))
-            for members in size_classes(self.specs)
+            for members in space.size_classes(self.specs)
         ]
         budget = self.policy.tiers.gpu.budget
         for count in range(WEIGHT_SLOTS_TARGET, 0, -1):

@@ -14,7 +14,7 @@ from offload import io, machine
 from offload.chunk import Chunk
 from offload.engine import Engine
 from offload.errors import StateError
-from offload.formats import SCALE_PLANES, Plane, join_master
+from offload.formats import SCALE_PLANES, STATE_BY_PARAM, Plane, join_master
 from offload.plan import Plan
 from offload.sizes import format_nbytes
 from offload.slots import Slab
@@ -125,13 +125,13 @@ class PlaneReader:
 
     def state(self, chunk: Chunk, position: int) -> dict[str, torch.Tensor]:
         """Copies of one parameter's planes by name, in the parameter's shape; scales are flat. What
-        a torch optimizer keeps has its own names and shapes, behind `torch_state.`.
+        is kept by parameter has its own names and shapes, behind `torch_state.` or `factors.`.
         """
         param, fmt = chunk.spec.params[position], self._engine.plan.fmt
         planes = {}
         for plane in chunk.spec.state_planes(fmt):
             items = self._read(chunk, plane)
-            if plane is Plane.TORCH_STATE:
+            if plane in STATE_BY_PARAM:
                 for entry in param.state:
                     planes[f"{plane.value}.{entry.name}"] = entry.view(items).clone()
                 continue

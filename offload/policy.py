@@ -220,10 +220,11 @@ class StatePolicy(Section):
 class OptimizerPolicy(Section):
     """Which optimizer the state is laid out for, and when and in what portions its steps run."""
 
-    kind: Literal["adamw", "sgd", "lion", "torch"] = Field(
+    kind: Literal["adamw", "sgd", "lion", "adafactor", "torch"] = Field(
         default="adamw",
-        description="adamw, sgd or lion: the optimizer that the loop will create; "
-        "sgd and lion keep no second moment; torch: the one that name says, slower",
+        description="adamw, sgd, lion or adafactor: the optimizer that the loop will create; sgd "
+        "and lion keep no second moment, adafactor its row and column means; torch: the one "
+        "that name says, slower",
     )
     name: str | None = Field(
         default=None,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from offload.formats import Plane, StateFormat
+from offload.factors import SUM_NBYTES, num_sums
+from offload.formats import STATE_BY_PARAM, Plane, StateFormat
+from offload.sizes import short_nbytes
 from offload.slots import round_up
 from offload.spec import ChunkSpec
 from offload.swapfile import ALIGN_NBYTES
@@ -41,6 +43,12 @@ def size_classes(specs: Sequence[ChunkSpec]) -> list[tuple[int, ...]]:
         else:
             classes.append([spec])
     return [tuple(sorted(spec.index for spec in members)) for members in classes]
+
+
+def always_in_ram(specs: Sequence[ChunkSpec], fmt: StateFormat) -> frozenset[tuple[int, Plane]]:
+    """Planes that rest in RAM whatever the budget is: small tensors, and [Note: factors]."""
+    pairs = [(s, p) for s in specs for p in s.state_planes(fmt)]
+    return frozenset((s.index, p) for s, p in pairs if s.is_small or p is Plane.FACTORS)
 
 
 def saving(pool: PoolSpec, spec: ChunkSpec, plane: Plane) -> int:
@@ -79,20 +87,32 @@ def scratch_nbytes(
 
 
 def beside_nbytes(specs: Sequence[ChunkSpec], fmt: StateFormat) -> int:
-    """What torch allocates for itself in the step of one parameter, at most: temporaries, and in
-    its first step the state, which is then copied to its plane.
+    """What lies beside the slab. Of a torch optimizer what torch allocates for itself in the step
+    of one parameter, at most: temporaries, and in its first step the state, which is then copied to
+    its plane. Of Adafactor the sums that wait beside gradients.
     """
+    params = [p for s in specs if s.trainable for p in s.params]
+    if Plane.FACTORS in fmt.dtypes:
+        return sum(SUM_NBYTES * num_sums(p.shape) for p in params if p.trainable)
     if not _steps_in_torch(fmt):
         return 0
-    params = [p for s in specs if s.trainable for p in s.params]
     return max(
         TORCH_TEMPORARIES * 4 * p.numel + 4 * sum(entry.num_items for entry in p.state)
         for p in params
     )
 
 
+def beside_line(nbytes: int, fmt: StateFormat) -> str:
+    """Says what beside_nbytes is for."""
+    what = "what torch allocates in the step of one parameter"
+    if Plane.FACTORS in fmt.dtypes:
+        what = "sums over rows and columns of gradients"
+    return f"  and {short_nbytes(nbytes)} beside it, for {what}"
+
+
 def state_itemsize(specs: Sequence[ChunkSpec], fmt: StateFormat) -> float:
     """Bytes per parameter that persist between steps."""
     trained = [spec for spec in specs if spec.trainable]
-    nbytes = sum(spec.nbytes(Plane.TORCH_STATE, fmt) for spec in trained)
+    planes = [plane for plane in STATE_BY_PARAM if plane in fmt.dtypes]
+    nbytes = sum(spec.nbytes(plane, fmt) for spec in trained for plane in planes)
     return fmt.state_itemsize + round(nbytes / max(sum(s.numel for s in trained), 1), 3)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from offload.formats import NUMEL_MULTIPLE, Plane, StateFormat
+from offload.factors import factor_entries
+from offload.formats import NUMEL_MULTIPLE, STATE_BY_PARAM, Plane, StateFormat
 from offload.slots import round_up
 from offload.torchstate import ITEM_DTYPE, Frozen, StateEntry, entries_of
 
-_STATE_MULTIPLE = 1024  # items of TORCH_STATE: 4 KiB
+_STATE_MULTIPLE = 1024  # items of STATE_BY_PARAM: 4 KiB
 _PARAM_MULTIPLE = 64  # elements; weights start on a cache line in every dtype, and groups with them
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ParamSpec:
     """One parameter's place in its chunk; `offset` and `numel` in elements. `state` is what a torch
-    optimizer keeps for it in the plane TORCH_STATE.
+    optimizer keeps for it in the plane TORCH_STATE, or Adafactor in FACTORS.
     """
 
     name: str
@@ -53,13 +54,15 @@ class ChunkSpec:
         return sum(param.numel for param in self.params)
 
     def nbytes(self, plane: Plane, fmt: StateFormat) -> int:
-        if plane is Plane.TORCH_STATE:
+        if plane in STATE_BY_PARAM:
             return self.num_items(plane, fmt) * ITEM_DTYPE.itemsize
         return fmt.nbytes(plane, self.numel)
 
     def num_items(self, plane: Plane, fmt: StateFormat) -> int:
-        """Items of a plane: those of TORCH_STATE follow from the parameters, in whole pages."""
-        if plane is not Plane.TORCH_STATE:
+        """Items of a plane: those of STATE_BY_PARAM follow from the parameters, in whole
+        pages.
+        """
+        if plane not in STATE_BY_PARAM:
             return fmt.num_items(plane, self.numel)
         ends = [entry.offset + entry.num_items for param in self.params for entry in param.state]
         return round_up(max(ends, default=0), _STATE_MULTIPLE)
@@ -75,18 +78,27 @@ class ChunkSpec:
         if not self.trainable:
             return (Plane.WEIGHT,)
         kept = any(param.state for param in self.params)
-        return tuple(p for p in fmt.state_planes if kept or p is not Plane.TORCH_STATE)
+        return tuple(p for p in fmt.state_planes if kept or p not in STATE_BY_PARAM)
 
     def with_torch_state(self, cls: type[torch.optim.Optimizer], options: Frozen) -> ChunkSpec:
         """The same chunk with room for what a torch optimizer keeps. Raises PolicyError where that
         has no place; see [Note: torch state]. Frozen parameters beside trained ones get room, too,
         as they do in every plane: they may be trained later.
         """
+        return self._with_state(
+            lambda param, begin: entries_of(cls, options, param.name, param.shape, begin)
+        )
+
+    def with_factors(self) -> ChunkSpec:
+        """The same chunk with room for the factors of its second moments. See [Note: factors]."""
+        return self._with_state(lambda param, begin: factor_entries(param.shape, begin))
+
+    def _with_state(self, entries: Callable[[ParamSpec, int], tuple[StateEntry, ...]]) -> ChunkSpec:
         if not self.trainable:
             return self
         params, begin = [], 0
         for param in self.params:
-            state = entries_of(cls, options, param.name, param.shape, begin)
+            state = entries(param, begin)
             begin = max((entry.offset + entry.num_items for entry in state), default=begin)
             params.append(dataclasses.replace(param, state=state))
         return dataclasses.replace(self, params=tuple(params))

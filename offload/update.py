@@ -16,7 +16,8 @@ from offload.slots import Region
 
 NUM_TILES = 12  # one computed, the others keep the drive busy both ways
 _OP = struct.Struct("<qqiiddddddQq")
-RULE_ADAMW, RULE_SGD, RULE_LION = range(3)
+_FACTORS = struct.Struct("<QQ")
+RULE_ADAMW, RULE_SGD, RULE_LION, RULE_FACTORED = range(4)
 FLAG_MAXIMIZE, FLAG_NESTEROV = 1, 2
 
 
@@ -85,6 +86,24 @@ class LionOp(Op):
         return self._pack(RULE_LION, self.beta1, self.beta2)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FactoredOp(Op):
+    """Adafactor on whole matrices of num_rows x num_cols, with the factors of this step in fp32:
+    `rows` and `cols` of all matrices. See [Note: factored] in csrc/kernels.h.
+    """
+
+    beta1: float
+    eps: float
+    num_rows: int
+    num_cols: int
+    rows: bytes = b""
+    cols: bytes = b""
+
+    def pack(self) -> bytes:
+        record = self._pack(RULE_FACTORED, self.beta1, 0.0, self.eps)
+        return record + _FACTORS.pack(self.num_rows, self.num_cols) + self.rows + self.cols
+
+
 def pack_ops(ops: Sequence[Op]) -> bytes:
     """The native form of the ops."""
     return b"".join(op.pack() for op in ops)
@@ -147,13 +166,26 @@ def written_pieces(
 def _touched(numel: int, ops: bytes, tile_numel: int) -> list[tuple[int, int]]:
     """The elements of all tiles that ops reach into, as few ranges in order."""
     ranges: list[tuple[int, int]] = []
-    for begin, end, *_ in _OP.iter_unpack(ops):
+    for begin, end in _ranges(ops):
         first = begin // tile_numel * tile_numel
         last = min(-(-end // tile_numel) * tile_numel, numel)
         if ranges and first <= ranges[-1][1]:
             first = ranges.pop()[0]
         ranges.append((first, last))
     return ranges
+
+
+def _ranges(ops: bytes) -> Iterator[tuple[int, int]]:
+    """The elements [begin, end) of packed ops."""
+    at = 0
+    while at < len(ops):
+        begin, end, rule, *_ = _OP.unpack_from(ops, at)
+        at += _OP.size
+        if rule == RULE_FACTORED:
+            num_rows, num_cols = _FACTORS.unpack_from(ops, at)
+            num_factors = (end - begin) // num_rows + (end - begin) // num_cols
+            at += _FACTORS.size + num_factors * 4
+        yield begin, end
 
 
 def tile_buffer_nbytes(tile_numel: int) -> int:

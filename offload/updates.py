@@ -11,6 +11,7 @@ import torch
 from offload import io
 from offload.chunk import Chunk, Ops, PlaneStep
 from offload.errors import StateError
+from offload.factored import FactoredStep
 from offload.formats import Plane
 from offload.inflight import Finish, InFlight
 from offload.interrupts import held
@@ -26,6 +27,15 @@ from offload.update import apply_in_ram
 def carve_scratch(plan: Plan, slab: Slab) -> Region | None:
     """The arena for steps on whole planes, where the plan has one."""
     return slab.carve(SCRATCH, plan.scratch_nbytes) if plan.scratch_nbytes else None
+
+
+def _native(chunk: Chunk, step: FactoredStep) -> bytes:
+    """The ops of a step whose factors depend on the gradient. See [Note: factors]."""
+    if chunk.gradient is None:
+        raise StateError(f"chunk {chunk.name} has no gradient.")
+    with plain_torch():
+        plane = chunk.pinned[Plane.FACTORS].tensor.view(ITEM_DTYPE)
+        return step.pack(plane, chunk.gradient.factor_sums)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +62,8 @@ class Updates:
         """Start the update of a chunk that is in UPDATING; `fresh` says that its weight slot is
         empty, and shall hold the new weights. A step on whole planes blocks until it is done.
         """
+        if isinstance(ops, FactoredStep):
+            ops = _native(chunk, ops)
         if not isinstance(ops, bytes):
             self._run(chunk, ops, finish, fresh=fresh)
             return
@@ -67,6 +79,8 @@ class Updates:
 
     def apply(self, chunk: Chunk, ops: Ops) -> None:
         """Run the update of a chunk here and now; all its planes lie in RAM."""
+        if isinstance(ops, FactoredStep):
+            ops = _native(chunk, ops)
         if isinstance(ops, bytes):
             arguments = plane_arguments(chunk, self._fmt, self._store, fresh=False)
             addresses = [0 if argument is None else argument.address for argument in arguments]

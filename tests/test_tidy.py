@@ -20,8 +20,8 @@ LAYERS = {
         [
             "errors tier timeline machine forks interrupts smart scale",
             "formats io slots stats openmp swapfile wear numa sizes torchstate",
-            "policy runfolder",
-            "store update calibrate spec moments",
+            "policy runfolder update factors",
+            "store factored calibrate spec moments",
             "chunk schedule manifest transfer space",
             "plan inflight jobs runfiles torchstep",
             "residence updates routing homes stepreader",

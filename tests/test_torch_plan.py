@@ -49,7 +49,7 @@ def test_the_plan_counts_the_plane_and_the_scratch(nvme_dir: Path) -> None:
 def test_a_budget_without_room_for_torch_is_refused_with_one_that_has_it(nvme_dir: Path) -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(1024, 1024) for _ in range(3))})
     policy = NADAM.policy(make_policy(nvme_dir, cpu_budget="16MiB"))
-    with pytest.raises(offload.BudgetError, match="allocated by torch 20 MiB") as refused:
+    with pytest.raises(offload.BudgetError, match="beside the slab 20 MiB") as refused:
         offload.plan_for(model, policy)
     named = re.search(r"at least (\d+MiB)", str(refused.value))
     policy["tiers"]["cpu"]["budget"] = named[1]

@@ -152,6 +152,10 @@ class Op:
         g = g * np.float32(self.grad_scale)
         return g * np.float32(-1) if self.maximize else g
 
+    def decay(self) -> float:
+        """1 - lr * weight_decay, rounded once."""
+        return float(1 - Fraction(self.lr) * Fraction(self.weight_decay))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamWOp(Op):
@@ -412,11 +416,10 @@ def _adamw(p: F32, m: F32, v: F32, g: F32, op: AdamWOp) -> tuple[F32, F32, F32]:
     f = np.float32
     step_size = -(op.lr / (1 - math.pow(op.beta1, op.step)))
     correction_sqrt = math.sqrt(1 - math.pow(op.beta2, op.step))
-    decay = float(1 - Fraction(op.lr) * Fraction(op.weight_decay))  # rounded once
     lerp = f(1 - op.beta1)
     with np.errstate(all="ignore"):
         g = op.grad(g)
-        p = p * f(decay)
+        p = p * f(op.decay())
         m = fma(lerp, g - m, m) if abs(lerp) < 0.5 else fma(lerp - f(1), g - m, g)
         v = fma(f(1 - op.beta2) * g, g, v * f(op.beta2))
         denominator = np.sqrt(v) / f(correction_sqrt) + f(op.eps)

@@ -89,12 +89,19 @@ struct Planes {
 
   void update(const KernelSet& set, StateFormat format, const StepRule& rule, uint64_t numel,
               bool has_low) {
-    char* addresses[kNumPlanes];
+    set.update(format, rule, addresses(has_low).data(), 64, numel);
+  }
+
+  // Where element `begin` of every plane is.
+  std::vector<char*> addresses(bool has_low, StateFormat format = StateFormat::kFp32,
+                               uint64_t begin = 0) {
+    std::vector<char*> found(kNumPlanes);
     for (int i = 0; i < kNumPlanes; ++i) {
-      const bool is_used = is_there[i] && (i != kGradLo || has_low);
-      addresses[i] = is_used ? reinterpret_cast<char*>(planes[i]->data()) : nullptr;
+      if (is_there[i] && (i != kGradLo || has_low)) {
+        found[i] = reinterpret_cast<char*>(planes[i]->data()) + plane_nbytes(format, i, begin);
+      }
     }
-    set.update(format, rule, addresses, 64, numel);
+    return found;
   }
 
   bool operator==(const Planes& other) const {
@@ -121,6 +128,58 @@ TEST(kernels_update) {
         want.update(*portable_kernels(), format, rule, numel, has_low);
         CHECK(got == want);
       }
+    }
+  });
+}
+
+// Factors end with the last row and column; ops run piece by piece, as tiles cut them.
+TEST(kernels_factored) {
+  constexpr MatrixShape kShapes[] = {{1, 1}, {5, 1}, {1, 33}, {3, 16}, {7, 48}, {40, 5}, {2, 100}};
+  for (const KernelSet* set : kernel_sets()) {
+    for (const MatrixShape& shape : kShapes) {
+      for (const uint64_t num_matrices : {uint64_t{1}, uint64_t{3}}) {
+        for (const StateFormat format : kFormats) {
+          const uint64_t numel = num_matrices * shape.num_rows * shape.num_cols;
+          Dice dice(numel);
+          UpdateJob job;
+          job.format = format;
+          job.numel = numel;
+          job.ops.push_back({0, numel, make_step(dice, RuleKind::kFactored, 3), {}});
+          job.ops[0].rule.factored.shape = shape;
+          job.ops[0].rule.factored.numel = numel;
+          for (uint64_t i = 0; i < numel / shape.num_cols + numel / shape.num_rows; ++i) {
+            job.ops[0].factors.push_back(static_cast<float>(1 + roll(dice, 1000)) * 1e-6f);
+          }
+          Planes got(format, numel, 1), want(format, numel, 1);
+          run_kernels(job, *portable_kernels(), 0, numel, want.addresses(false).data());
+          for (uint64_t begin = 0; begin < numel; begin += 64) {
+            const std::vector<char*> at = got.addresses(false, format, begin);
+            run_kernels(job, *set, begin, std::min(begin + 64, numel), at.data());
+          }
+          CHECK(got == want);
+        }
+      }
+    }
+  }
+}
+
+TEST(kernels_factor_sums) {
+  for_each_shape([](const KernelSet& set, uint64_t numel, uint64_t skew) {
+    for (const uint64_t num_cols : {uint64_t{1}, uint64_t{7}, uint64_t{16}, uint64_t{33}}) {
+      const MatrixShape shape = {numel / num_cols, num_cols};
+      const uint64_t whole = shape.num_rows * num_cols;
+      if (whole == 0) {
+        continue;
+      }
+      Array<float> values(whole, skew, numel);
+      make_real(values.data(), whole);
+      Array<double> rows(shape.num_rows, 0, 1), cols(num_cols, 0, 1);
+      Array<double> want_rows(shape.num_rows, 0, 1), want_cols(num_cols, 0, 1);
+      set.factor_sums(values.data(), nullptr, GradKind::kFp32, shape, whole, rows.data(),
+                      cols.data());
+      portable_kernels()->factor_sums(values.data(), nullptr, GradKind::kFp32, shape, whole,
+                                      want_rows.data(), want_cols.data());
+      CHECK(rows == want_rows && cols == want_cols);
     }
   });
 }
