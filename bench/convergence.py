@@ -5,7 +5,7 @@
 
 SmolLM2-135M-Instruct is fine-tuned on the plays of Shakespeare with every format and optimizer,
 each seed once; a seed decides the order of the text, the same for all. The learning rate of each
-optimizer is chosen first, by short runs of seed 0, and the table says among which; the lossy
+optimizer is chosen first, by runs of seed 0, and the table says among which; the lossy
 formats of AdamW take the rate that `exact` chose. Everything rests in RAM, which changes no bit.
 Losses do not depend on the machine's speed, so this may run beside other work; what was finished
 is kept in DIR and not done again.
@@ -37,7 +37,7 @@ MODEL_PARAMS = 8e9
 
 @dataclass(frozen=True)
 class Case:
-    """A format with an optimizer. The rates are tried in short runs; none: the first case's."""
+    """A format with an optimizer. The rates are tried with seed 0; none: the first case's."""
 
     name: str
     format: str
@@ -53,7 +53,8 @@ CASES = (
     Case("exact, AdamW", "exact", "adamw", (3e-5, 1e-4, 3e-4)),
     Case("bf16, AdamW", "bf16", "adamw"),
     Case("int8, AdamW", "int8", "adamw"),
-    Case("exact, Lion", "exact", "lion", (1e-5, 3e-5, 1e-4)),
+    Case("exact, Lion", "exact", "lion", (3e-5, 1e-4, 3e-4)),
+    Case("exact, Adafactor", "exact", "adafactor", (3e-5, 1e-4, 3e-4)),
 )
 
 
@@ -87,7 +88,7 @@ def parse_options() -> argparse.Namespace:
     add("--dir", type=Path, default=Path("build/bench/convergence"), help="folder for the runs")
     add("--config", type=Path, default=REPO / "examples" / "smollm2.yaml")
     add("--steps", type=int, default=200)
-    add("--search-steps", type=int, default=50, help="of the runs that choose a learning rate")
+    add("--search-steps", type=int, help="of the runs that choose a rate (default: all steps)")
     add("--seeds", type=int, default=3)
     add("--batch", type=int, default=1, help="sequences of 256 tokens in a step")
     add("--eval-batches", type=int, default=64)
@@ -95,6 +96,7 @@ def parse_options() -> argparse.Namespace:
     add("--out", type=Path, help="write the result as Markdown too")
     options = parser.parse_args()
     options.dir = options.dir.expanduser().absolute()
+    options.search_steps = options.search_steps or options.steps
     return options
 
 
