@@ -212,8 +212,9 @@ class StatePolicy(Section):
 
     format: Literal["exact", "fp32", "bf16", "int8"] = Field(
         default="exact",
-        description="exact (bf16 weights with the low bits beside them), fp32, "
-        "bf16 (as exact, with bf16 moments) or int8 (24-bit weights, 8-bit moments)",
+        description="exact (bf16 weights with the low bits beside them), fp32, bf16 (as exact, "
+        "with bf16 moments; not with kind torch) or int8 (24-bit weights, 8-bit moments; with kind "
+        "torch fp32 state)",
     )
 
 
@@ -315,10 +316,10 @@ class OffloadPolicy(Section):
     @classmethod
     def _torch_keeps_fp32(cls, value: OptimizerPolicy, info: ValidationInfo) -> OptimizerPolicy:
         state = info.data.get("state")
-        if value.kind == "torch" and state is not None and state.format not in ("fp32", "exact"):
+        if value.kind == "torch" and state is not None and state.format == "bf16":
             raise ValueError(
-                f"kind torch runs on fp32 state, and state.format is {state.format}: set it to "
-                "exact or fp32, or take adamw, sgd or lion"
+                "kind torch keeps all moments in fp32, so state.format bf16 would be exact under "
+                "another name: set it to exact"
             )
         return value
 

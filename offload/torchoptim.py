@@ -32,7 +32,8 @@ class Torch(TierOptimizer):
     `optimizer: {kind: torch, name: ...}` in the policy.
 
     Takes the class, the parameters and the class's own arguments. Its step() runs chunk by chunk on
-    fp32 masters and fp32 gradients, with foreach and fused off. See [Note: torch step].
+    fp32 masters and fp32 gradients, with foreach and fused off; format int8 rounds the masters to
+    24 bits after each step, and nothing else. See [Note: torch step].
     """
 
     kind = "torch"

@@ -4,7 +4,8 @@
 planes of one chunk are brought to memory whole, and its parameters take their steps one after the
 other: the fp32 master and the fp32 gradient of one parameter at a time, with the class's own
 step(), without foreach and fused. One parameter alone has the bits that it would have among all,
-because that loop treats each on its own.
+because that loop treats each on its own. Split again, a master of format `int8` is rounded to 24
+bits: the one thing that this path ever rounds.
 """
 
 from __future__ import annotations

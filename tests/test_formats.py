@@ -86,10 +86,13 @@ def test_bytes_per_parameter(name: str, adamw: float, others: float):
 
 
 def test_a_tile_of_every_plane_is_whole_pages():
-    for fmt in FORMATS.values():
+    """Without scales a byte per element is the narrowest plane."""
+    for fmt in [*FORMATS.values(), *(state_format(name, "torch") for name in FORMATS)]:
         for plane in fmt.dtypes:
             assert fmt.nbytes(plane, fmt.numel_multiple) % 4096 == 0
     assert FORMATS["exact"].numel_multiple == 4096
+    assert FORMATS["int8"].numel_multiple == 65536
+    assert state_format("int8", "torch").numel_multiple == 4096
 
 
 # --- every format, every rule, every instruction set --------------------------------------------

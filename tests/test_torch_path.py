@@ -24,6 +24,7 @@ from torch_rig import (
     ADAFACTOR,
     CASES,
     CENTERED,
+    FORMATS,
     IN_RAM,
     LLAMA,
     MIXED,
@@ -55,8 +56,12 @@ def test_in_fp32_too(nvme_dir: Path) -> None:
     check(ADAFACTOR, "fp32", nvme_dir, recipe=RECIPE)
 
 
+def test_int8_rounds_the_master_and_nothing_else(nvme_dir: Path) -> None:
+    check(NADAM, "int8", nvme_dir, IN_RAM, MIXED, recipe=RECIPE)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["exact", "fp32"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("case", [*CASES, *OTHERS], ids=str)
 def test_every_optimizer_every_way(case: Case, format: str, nvme_dir: Path) -> None:
     recipe = Recipe(steps=4, accumulation=2, clip=0.5, scheduler=True)
@@ -66,27 +71,42 @@ def test_every_optimizer_every_way(case: Case, format: str, nvme_dir: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("update", "device"),
-    [("eager", "standin")]
-    + [pytest.param(*row, marks=SLOW) for row in (("deferred", "standin"), ("eager", "cpu"))],
+    ("update", "device", "format"),
+    [("eager", "standin", "exact")]
+    + [
+        pytest.param(*row, marks=SLOW)
+        for row in (
+            ("deferred", "standin", "exact"),
+            ("eager", "cpu", "exact"),
+            ("eager", "standin", "int8"),
+            ("deferred", "standin", "int8"),
+            ("eager", "cpu", "int8"),
+        )
+    ],
 )
 def test_eager_deferred_and_a_device_change_nothing(
-    update: str, device: str, nvme_dir: Path
+    update: str, device: str, format: str, nvme_dir: Path
 ) -> None:
-    base, _, _ = run_tiers(NADAM, "exact", Variant("NVMe"), nvme_dir / "base")
+    base, _, _ = run_tiers(NADAM, format, Variant("NVMe"), nvme_dir / "base")
     variant = Variant("other", update=update, device=device, chaos=True)
-    got, _, _ = run_tiers(NADAM, "exact", variant, nvme_dir / "other")
+    got, _, _ = run_tiers(NADAM, format, variant, nvme_dir / "other")
     assert_same(got, base, only=without_grads)
 
 
-@pytest.mark.parametrize("case", [CENTERED, pytest.param(SCALE, marks=SLOW)], ids=str)
-def test_clipping_accumulation_groups_and_what_is_frozen(case: Case, nvme_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "format"),
+    [(CENTERED, "exact")]
+    + [pytest.param(*row, marks=SLOW) for row in ((SCALE, "exact"), (CENTERED, "int8"))],
+)
+def test_clipping_accumulation_groups_and_what_is_frozen(
+    case: Case, format: str, nvme_dir: Path
+) -> None:
     """Rates that change, two groups with their own, a frozen block, micro-batches added in fp32."""
     recipe = Recipe(
         steps=4, accumulation=2, clip=0.5, groups=case is CENTERED, scheduler=True,
         freeze=("model.layers.1", "model.layers.2.self_attn"),
     )  # fmt: skip
-    check(case, "exact", nvme_dir, recipe=recipe)
+    check(case, format, nvme_dir, recipe=recipe)
 
 
 def test_a_parameter_without_a_gradient_is_left_alone(nvme_dir: Path) -> None:
@@ -123,19 +143,23 @@ def test_a_parameter_without_a_gradient_is_left_alone(nvme_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "placement"),
-    [(NADAM, "mixed")]
+    ("case", "placement", "format"),
+    [(NADAM, "mixed", "exact"), (NADAM, "mixed", "int8")]
     + [
-        pytest.param(*row, marks=SLOW)
-        for row in ((NADAM, "nvme"), (NADAM, "ram"), (ADAFACTOR, "nvme"), (SCALE, "mixed"))
-    ],
+        pytest.param(case, placement, format, marks=SLOW)
+        for case, placement in ((NADAM, "nvme"), (NADAM, "ram"), (ADAFACTOR, "nvme"))
+        for format in ("exact", "int8")
+    ]
+    + [pytest.param(SCALE, "mixed", "exact", marks=SLOW)],
 )
-def test_a_run_in_pieces_is_the_run(case: Case, placement: str, nvme_dir: Path) -> None:
+def test_a_run_in_pieces_is_the_run(
+    case: Case, placement: str, format: str, nvme_dir: Path
+) -> None:
     """State and its scalars are committed with the weights, and come back with them."""
     variant = Variant("run", placement=placement)
 
     def run(folder: Path, until: int, weights: str | None, durability: str) -> Record:
-        policy = policy_of(case, "exact", variant, folder)
+        policy = policy_of(case, format, variant, folder)
         policy["tiers"]["nvme"] = policy["tiers"]["nvme"] or {"paths": [str(folder / "drive")]}
         policy["durability"] = durability
         record: Record = {}
@@ -200,6 +224,7 @@ def test_another_optimizers_state_is_not_taken_for_this_ones(nvme_dir: Path) -> 
         (NADAM, "exact", "deferred"),
         (ADAFACTOR, "exact", "eager"),
         (NADAM, "fp32", "eager"),
+        (NADAM, "int8", "eager"),
     ],
 )
 def test_a_step_moves_what_the_plan_says(

@@ -69,22 +69,34 @@ CASES = [
 OTHERS = [Case(name) for name in ("ASGD", "Adadelta", "Adam", "RAdam", "Rprop", "SGD")]
 IN_RAM = Variant("RAM", placement="ram")
 MIXED = Variant("mixed", placement="mixed", num_paths=2)
+FORMATS = ("exact", "fp32", "int8")
 
 
 class Plain:
-    """The same class on fp32 masters in memory, in the place of parity.PlainAdamW."""
+    """The same class on fp32 masters in memory, in the place of parity.PlainAdamW. In format int8
+    the masters are rounded to 24 bits before the first step and after every one; a block of which
+    nothing is trained has no residue, and is rounded once, to bf16.
+    """
 
     def __init__(self, model: nn.Module, recipe: Recipe, format: str, *, case: Case) -> None:
         self.format, self.model = format, model
         self.masters = {n: p.detach().float().clone() for n, p in model.named_parameters()}
         names = {id(p): name for name, p in model.named_parameters()}
+        trained = {_block(name) for name, p in model.named_parameters() if p.requires_grad}
+        self.rounded = {n for n in self.masters if format == "int8" and _block(n) in trained}
         groups = param_groups(model, recipe)
         for group in groups:
             group["params"] = [(names[id(p)], self.masters[names[id(p)]]) for p in group["params"]]
         options = {"foreach": False} if "foreach" in defaults_of(case.cls, {}) else {}
         self.optimizer = case.cls(groups, **case.options, **options)
         self.scheduler = make_scheduler(self.optimizer, recipe)
+        self._round()
         self._show()
+
+    def _round(self) -> None:
+        for name in self.rounded:
+            flat = self.masters[name].numpy().reshape(-1)
+            flat[:] = twins.join_fp24(*twins.split_fp24(flat))
 
     def _show(self) -> None:
         for name, p in self.model.named_parameters():
@@ -98,8 +110,11 @@ class Plain:
         planes = {}
         for name, master in self.masters.items():
             flat = master.numpy().reshape(-1)
-            halves = (flat,) if self.format == "fp32" else twins.split_fp32(flat)
-            planes[name] = dict(zip(("weight", "residue"), halves, strict=False))
+            if self.format == "fp32":
+                parts: tuple[Any, ...] = (flat,)
+            else:
+                parts = (twins.split_fp24 if name in self.rounded else twins.split_fp32)(flat)
+            planes[name] = dict(zip(("weight", "residue"), parts, strict=False))
         return planes
 
     def step(self, grads: dict[str, Tensor | None], scale: float) -> None:
@@ -107,6 +122,7 @@ class Plain:
             grad = grads.get(name)
             master.grad = None if grad is None else grad.view(master.shape) * scale
         self.optimizer.step()
+        self._round()
         if self.scheduler is not None:
             self.scheduler.step()
         self._show()
@@ -114,6 +130,10 @@ class Plain:
     def kept(self, key: str, name: str) -> Tensor | None:
         """What the optimizer keeps under a key; None where it keeps nothing yet."""
         return self.optimizer.state.get(self.masters[name], {}).get(key)
+
+
+def _block(name: str) -> str:
+    return ".".join(name.split(".")[:3])  # model.layers.0, or a parameter outside of them
 
 
 def policy_of(case: Case, format: str, variant: Variant, directory: Path) -> dict[str, Any]:
