@@ -12,17 +12,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+import torch
+import twins
 from chaos import patched, small_units
 from conftest import native_threads, open_files
-from fault_plans import KINDS, Rule, at, fault_backend, faults, num_injected
+from fault_plans import ERRORS, KINDS, Rule, at, fault_backend, faults, num_injected
 from parity import Recipe, Record, assert_same, bits, make_policy, train
 from torch import nn
+from torch_rig import ADAFACTOR, Case
 from zoo import ZOO
 
 import offload
@@ -32,10 +35,30 @@ from offload.slots import SlotPool
 RUN_SECONDS_MAX = 30.0  # a run takes a tenth of a second
 RECIPE = Recipe(steps=3)
 MODEL = ZOO["shared_block"]
+ONE_SLOT = {"tiers__cpu__weight_slots": 1, "tiers__cpu__grad_slots": 1}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a run trains; `case` is an optimizer of torch in the place of AdamW."""
+
+    update: str
+    changes: dict[str, Any] = field(default_factory=dict)  # to the policy
+    format: str = "exact"
+    case: Case | None = None
+
+
 MODES = {  # few operations, and between them every way that a byte can take
-    "eager": {"tiers__cpu__weight_slots": 1, "tiers__cpu__grad_slots": 1},
-    "deferred": {},
+    "eager": Mode("eager", ONE_SLOT),
+    "deferred": Mode("deferred"),
 }
+TORCH_MODES = {
+    "RMSprop": Mode("eager", ONE_SLOT, case=Case("RMSprop", {"momentum": 0.9})),
+    "RMSprop int8": Mode("deferred", format="int8", case=Case("RMSprop", {"momentum": 0.9})),
+    "Adafactor": Mode("deferred", case=ADAFACTOR),
+    "Adafactor int8": Mode("eager", ONE_SLOT, format="int8", case=ADAFACTOR),
+}
+ALL_MODES = MODES | TORCH_MODES
 
 
 class Hang(BaseException):
@@ -71,7 +94,7 @@ class Reference:
     """An undisturbed run."""
 
     record: Record
-    initial: dict[str, str]  # hashes of the model's parameters before
+    initial: dict[str, set[str]]  # hashes that the model's parameters may have before
     final: dict[str, str]  # and after
 
 
@@ -101,16 +124,27 @@ class Campaign:
     def paths(self) -> list[Path]:
         return [self.directory / "a", self.directory / "b"]
 
+    @property
+    def how(self) -> Mode:
+        return ALL_MODES[self.mode]
+
     def policy(self) -> dict[str, Any]:
         paths = [str(path) for path in self.paths]
         changes = {} if self.checksum is None else {"tiers__nvme__checksum": self.checksum}
-        return make_policy(
+        policy = make_policy(
             self.directory,
+            format=self.how.format,
             tiers__nvme__paths=paths,
-            optimizer__update=self.mode,
-            **MODES[self.mode],
+            optimizer__update=self.how.update,
+            **self.how.changes,
             **changes,
         )
+        return policy if self.how.case is None else self.how.case.policy(policy)
+
+    @property
+    def make(self) -> Callable[..., Any]:
+        """Makes the optimizer."""
+        return offload.AdamW if self.how.case is None else self.how.case.make
 
     @property
     def reference(self) -> Reference:
@@ -118,7 +152,7 @@ class Campaign:
         key = (self.mode, self.checksum)
         if key not in REFERENCES:
             model = MODEL.make_model()
-            initial = hashes(model)
+            initial = untrained(model, self.how.format)
             with faults([]), small_units(1024), fault_backend(), audited():
                 record = self._train(model)
             REFERENCES[key] = Reference(record, initial, hashes(model))
@@ -151,7 +185,10 @@ class Campaign:
         with offload.offload(model, self.policy()) as engine:
             self.moved_in = True
             try:
-                return train(engine, MODEL, RECIPE, "exact", grads=self.mode == "deferred").record
+                grads = self.how.update == "deferred"
+                return train(
+                    engine, MODEL, RECIPE, self.how.format, grads=grads, make=self.make
+                ).record
             except offload.StorageError as first:
                 with pytest.raises(offload.StateError, match="earlier error") as later:
                     engine.flush()
@@ -190,7 +227,18 @@ class Campaign:
             if may_be_absent and model.get_parameter(name).isnan().all():
                 continue
             assert not self.moved_in, f"{name} holds something else"
-            assert hashed == self.reference.initial[name], f"{name} holds something else"
+            assert hashed in self.reference.initial[name], f"{name} holds something else"
+
+
+def untrained(model: nn.Module, format: str) -> dict[str, set[str]]:
+    """Hashes of the parameters as they are, and as they come back from the tiers untrained."""
+    found = {name: {hashed} for name, hashed in hashes(model).items()}
+    if format == "int8":
+        for name, param in model.named_parameters():
+            flat = param.detach().numpy().reshape(-1)
+            rounded = twins.join_fp24(*twins.split_fp24(flat))
+            found[name].add(bits(torch.from_numpy(rounded)))
+    return found
 
 
 def hashes(model: nn.Module) -> dict[str, str]:
@@ -236,13 +284,32 @@ def check_slots(engine: Engine, pools: list[SlotPool]) -> None:
 
 # Campaigns
 
+Judge = Callable[[offload.StorageError | None], None]
+
+
+def survives(error: offload.StorageError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def is_refused(kind: str) -> Judge:
+    def judge(error: offload.StorageError | None) -> None:
+        assert error is not None, f"{kind} was swallowed"
+        assert error.errno == getattr(errno, kind.upper())
+
+    return judge
+
+
+def judge_of(kind: str) -> Judge:
+    return is_refused(kind) if kind in ERRORS else survives
+
 
 def campaign(
     runs: Campaign,
     kind: str,
     *,
     stride: int,
-    judge: Callable[[offload.StorageError | None], None],
+    judge: Judge,
 ) -> Row:
     """Strike operation 1, 1 + stride, ... until a whole run passes untouched."""
     row, number = Row(kind), 1
@@ -260,7 +327,7 @@ def campaign(
 
 def table(rows: list[tuple[str, Row]]) -> str:
     """The counts as text."""
-    lines = [f"{'mode':10}{'kind':12}{'injected':>9}{'survived':>9}{'refused':>9}"]
+    lines = [f"{'mode':16}{'kind':12}{'injected':>9}{'survived':>9}{'refused':>9}"]
     for mode, row in sorted(rows, key=lambda pair: (pair[0], KINDS.index(pair[1].kind))):
-        lines.append(f"{mode:10}{row.kind:12}{row.injected:9}{row.survived:9}{row.refused:9}")
+        lines.append(f"{mode:16}{row.kind:12}{row.injected:9}{row.survived:9}{row.refused:9}")
     return "\n".join(lines)

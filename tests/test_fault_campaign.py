@@ -2,9 +2,8 @@
 or with one clear error, never with neither.
 """
 
-import errno
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,9 @@ from fault_campaign import (
     Row,
     bounded,
     campaign,
+    is_refused,
+    judge_of,
+    survives,
     table,
 )
 from fault_plans import DELAYS, ERRORS, LIES, TRANSIENT, at, num_injected, rate
@@ -33,7 +35,6 @@ CASES = [
     *zip(TRANSIENT + DELAYS, ("eager", "deferred", "eager", "deferred", "eager"), strict=True),
     *itertools.product(ERRORS, MODES),
 ]
-Judge = Callable[[offload.StorageError | None], None]
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +43,6 @@ def rows() -> Iterator[list[tuple[str, Row]]]:
     found: list[tuple[str, Row]] = []
     yield found
     print("\n" + table(found))
-
-
-def survives(error: offload.StorageError | None) -> None:
-    if error is not None:
-        raise error
-
-
-def is_refused(kind: str) -> Judge:
-    def judge(error: offload.StorageError | None) -> None:
-        assert error is not None, f"{kind} was swallowed"
-        assert error.errno == getattr(errno, kind.upper())
-
-    return judge
-
-
-def judge_of(kind: str) -> Judge:
-    return is_refused(kind) if kind in ERRORS else survives
 
 
 every_mode = pytest.mark.parametrize("mode", MODES)

@@ -20,6 +20,7 @@ from parity import bits, make_policy, small_units
 from torch import Tensor, nn
 
 import offload
+from offload.torchstate import optimizer_class
 
 WIDTH = 40
 STEPS = ("step", "clipped step", "two backwards")
@@ -35,6 +36,13 @@ POLICIES: dict[str, dict[str, Any]] = {
         "tiers__gpu__device": "standin",
     },
     "weights pinned": {"optimizer__update": "deferred", "tiers__cpu__pin": "auto"},
+    "torch": {
+        "optimizer__update": "deferred", "optimizer__kind": "torch", "optimizer__name": "NAdam",
+    },
+    "torch, int8, one slot": {
+        "optimizer__update": "deferred", "optimizer__kind": "torch", "optimizer__name": "Adafactor",
+        "format": "int8", "tiers__cpu__weight_slots": 1, "tiers__cpu__grad_slots": 1,
+    },
 }  # fmt: skip
 
 
@@ -99,7 +107,11 @@ class Walk:
         session = offload.offload(make_net(), self.policy, weights=weights)
         self.engine = self.stack.enter_context(session)
         object.__setattr__(session.plan, "cpu_budget_nbytes", 2**30)  # room for state dicts
-        self.optimizer = offload.AdamW(self.engine.model.parameters(), lr=1e-2)
+        params, name = self.engine.model.parameters(), self.policy["optimizer"].get("name")
+        if name is None:
+            self.optimizer: Any = offload.AdamW(params, lr=1e-2)
+        else:
+            self.optimizer = offload.Torch(optimizer_class(name), params, lr=1e-2)
 
     def act(self, action: str) -> str:
         """Take one action; return what was seen."""
@@ -151,9 +163,13 @@ class Walk:
         return digest(self.engine.model.state_dict()) + repr(self.optimizer.state_dict())
 
     def _full_state(self) -> str:
+        if isinstance(self.optimizer, offload.Torch):
+            return self._stream()
         return digest_state(self.optimizer.full_state_dict())
 
     def _stream(self) -> str:
+        if isinstance(self.optimizer, offload.Torch):  # it stays in the tiers
+            return digest(planes_of(self.engine))
         rows = self.optimizer.stream_state()
         return digest({f"{name}.{key}": t for name, row in rows for key, t in row.items()})
 
@@ -261,6 +277,11 @@ def test_every_look_sees_the_update_of_the_step_before_it(look: str, tmp_path: P
         assert walk.end() == seen_alone(tmp_path / "end", changes, actions, "end")
     finally:
         walk.stack.close()
+
+
+def test_a_torch_optimizers_updates_are_finished_too(tmp_path: Path) -> None:
+    actions = ["step", "two backwards", "eval", "step", "leave and resume", "clipped step"]
+    check([*actions, "checkpoint", "full state"], POLICIES["torch"], tmp_path)
 
 
 @settings(
