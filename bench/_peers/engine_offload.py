@@ -15,11 +15,18 @@ import offload
 
 
 class OffloadTrainer:
-    def __init__(self, engine: Any) -> None:
+    """Trains with AdamW, or with the optimizer of torch `name`."""
+
+    def __init__(self, engine: Any, name: str | None = None) -> None:
         self._engine = engine
         params = list(engine.model.parameters())
         self.num_params = sum(param.numel() for param in params)
-        self._optimizer = offload.AdamW(params, lr=1e-5, weight_decay=0.01)
+        hyper = {"lr": 1e-5, "weight_decay": 0.01}
+        if name is None:
+            self._optimizer: torch.optim.Optimizer = offload.AdamW(params, **hyper)
+        else:
+            cls = offload.SCALE if name == "SCALE" else getattr(torch.optim, name)
+            self._optimizer = offload.Torch(cls, params, **hyper)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self._engine.model(input_ids=tokens, labels=tokens).loss
@@ -35,6 +42,10 @@ class OffloadTrainer:
     def finish(self) -> None:
         self._engine.flush()
         self._engine.run.settle()
+
+    def state_nbytes(self) -> int:
+        """Return the bytes that persist between steps."""
+        return int(self._engine.plan.state_nbytes)
 
     def close(self) -> dict[str, str]:
         about = {
@@ -54,4 +65,5 @@ def start(job: dict[str, Any]) -> OffloadTrainer:
     policy = job["policy"]
     policy["tiers"]["nvme"]["paths"] = [job["dir"]]
     settled = offload.load_policy(policy, job["overrides"])
-    return OffloadTrainer(offload.offload(model, settled, weights="init"))
+    engine = offload.offload(model, settled, weights="init")
+    return OffloadTrainer(engine, settled.optimizer.name)
