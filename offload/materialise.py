@@ -25,8 +25,8 @@ from offload.slots import Slot
 
 logger = logging.getLogger("offload")
 WeightSource = Callable[
-    [ParamSpec, torch.Tensor], None
-]  # fills the tensor (shape of the parameter, fp32)
+    [ParamSpec], torch.Tensor
+]  # the values in the parameter's shape: fp32, contiguous, in RAM; see as_master
 
 
 def check_source(model: nn.Module, weights: str | Path | None) -> None:
@@ -52,7 +52,8 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
 def fill_chunk(engine: Engine, chunk: Chunk, source: WeightSource) -> None:
     """Fill the weight and residue planes of a chunk from `source`, and zero its moments.
 
-    Peak extra memory: one parameter in fp32.
+    What `source` gives is only read, and let go of before the next: it may be the values' own
+    memory. Extra memory: one parameter in fp32 where they are in another dtype, else none.
     """
     planes, staged = _stage(engine, chunk)
     weight, residue = planes[Plane.WEIGHT], planes.get(Plane.RESIDUE)
@@ -60,9 +61,7 @@ def fill_chunk(engine: Engine, chunk: Chunk, source: WeightSource) -> None:
         for plane in planes.values():
             plane.zero_()
         for param in chunk.spec.params:
-            master = torch.empty(param.shape, dtype=torch.float32)
-            source(param, master)
-            _store(param, master.view(-1), weight, residue)
+            _store(param, source(param).view(-1), weight, residue)
         for slot, which in staged:
             engine.move_plane(io.WRITE, chunk, which, slot.region.address)
     finally:
@@ -106,6 +105,12 @@ def _store(
         split_master(master, weight[place], low)
 
 
+def as_master(values: torch.Tensor) -> torch.Tensor:
+    """`values` as fp32, contiguous and in RAM; the same memory where they are that already."""
+    layout = torch.contiguous_format  # with a new dtype, one copy does both
+    return values.detach().to("cpu", torch.float32, memory_format=layout).contiguous()
+
+
 # ---- a model in RAM ----
 
 
@@ -114,15 +119,14 @@ def from_memory(engine: Engine) -> None:
     goes.
     """
     for chunk in engine.chunks:
-        fill_chunk(engine, chunk, _copy_from({s: p.detach() for p, s in _pairs(chunk)}))
+        fill_chunk(engine, chunk, _values_of(chunk))
         chunk.unbind()
 
 
-def _copy_from(values: dict[ParamSpec, torch.Tensor]) -> WeightSource:
-    def copy(spec: ParamSpec, target: torch.Tensor) -> None:
-        target.copy_(values[spec])
-
-    return copy
+def _values_of(chunk: Chunk) -> WeightSource:
+    """The parameters keep their values, the only ones there are if the chunk cannot be filled."""
+    params = {spec: param for param, spec in _pairs(chunk)}
+    return lambda spec: as_master(params[spec])
 
 
 # ---- a model on meta ----
@@ -143,20 +147,39 @@ def make_real(chunk: Chunk) -> None:
 def from_initialisers(engine: Engine, model: nn.Module) -> None:
     """Run the modules' own initialisers, chunk by chunk: `_init_weights` of Hugging Face, else
     reset_parameters.
+
+    All parameters of a chunk are real while its initialisers run, because one may set what another
+    module owns. Extra memory: one chunk in fp32.
     """
     owners = _owners(model)
     for chunk in engine.chunks:
         make_real(chunk)
     for chunk in engine.chunks:
-        values = {id(p): torch.empty(s.shape, dtype=torch.float32) for p, s in _pairs(chunk)}
-        for param, _ in _pairs(chunk):
-            param.data = values[id(param)]
+        for param, spec in _pairs(chunk):
+            param.data = torch.empty(spec.shape, dtype=torch.float32)
         for name, module in _modules_of(chunk, owners):
             with _rest_real(module):
                 _initialise(model, name, module)
-        fill_chunk(engine, chunk, _copy_from({s: p.data for p, s in _pairs(chunk)}))
+        fill_chunk(engine, chunk, _taken_from(chunk))
         chunk.unbind()
     materialise_buffers(model)
+
+
+def _taken_from(chunk: Chunk) -> WeightSource:
+    """The parameters give up their values, so that each is gone once it has been stored."""
+    places = {spec: position for position, spec in enumerate(chunk.spec.params)}
+
+    def take(spec: ParamSpec) -> torch.Tensor:
+        param = chunk.params[places[spec]]
+        values, param.data = param.data, chunk.placeholder(places[spec])
+        if values.shape != spec.shape:
+            raise StateError(
+                f"the initialiser of parameter {spec.name} has left it in shape "
+                f"{tuple(values.shape)}, and it had {spec.shape}; build the model in RAM."
+            )
+        return as_master(values)
+
+    return take
 
 
 @contextlib.contextmanager
@@ -270,16 +293,18 @@ class SafetensorsFolder:
             "transformers, save_pretrained() it in the present layout, or wrap the model from RAM."
         )
 
-    def read(self, name: str, target: torch.Tensor) -> None:
-        """Copy one tensor into `target` (same shape, any float dtype)."""
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """One tensor, which has to have this shape, in its own dtype; a mapping of the file, whose
+        pages count as ours until it is let go of.
+        """
         with self._opened(self._files[name]) as shard:
-            tensor = shard.get_tensor(name)
-        if tensor.shape != target.shape:
+            tensor: torch.Tensor = shard.get_tensor(name)
+        if tensor.shape != shape:
             raise StateError(
                 f"{self.folder}: tensor {name} has shape {tuple(tensor.shape)}, the model wants "
-                f"{tuple(target.shape)}."
+                f"{shape}."
             )
-        target.copy_(tensor)
+        return tensor
 
 
 def from_folder(engine: Engine, model: nn.Module, folder: Path) -> None:
@@ -295,10 +320,7 @@ def from_folder(engine: Engine, model: nn.Module, folder: Path) -> None:
 
 
 def _read_from(source: SafetensorsFolder, keys: dict[ParamSpec, str]) -> WeightSource:
-    def read(spec: ParamSpec, target: torch.Tensor) -> None:
-        source.read(keys[spec], target)
-
-    return read
+    return lambda spec: as_master(source.read(keys[spec], spec.shape))
 
 
 def _all_names(model: nn.Module) -> dict[int, list[str]]:

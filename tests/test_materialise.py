@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from forked import ENDED, run_forked
 from parity import FORMATS, Variant, bits, make_policy, master, variant_policy
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from zoo import HIDDEN, ZOO, ConvNet, LinearListMLP, SharedLayerMLP
 
 import offload
-from offload import materialise
+from offload import machine, materialise
 from offload.engine import Engine
 from offload.errors import OffloadError, StateError, StorageError
 from offload.inflight import InFlight
@@ -100,6 +102,71 @@ def test_memory_of_the_model_goes_as_it_moves_in(
     with offload.offload(model, policy_of(nvme_dir)) as engine:
         assert filled == list(range(len(engine.plan.specs))) and len(filled) > 4
         assert all(storage.expired() for storage in storages.values())
+
+
+# Memory beside the slab
+
+NUM_ROWS, ROW_NUMEL = 1 << 17, 128
+ONCE_NBYTES = NUM_ROWS * ROW_NUMEL * 4  # 64 MiB: never from the heap, so no hole there can take it
+
+
+def beside_slab_nbytes(num_rows: int, dtype: torch.dtype, source: str, folder: Path) -> int:
+    """How far this process grew beyond its slab until a model of one embedding had moved in."""
+    before = machine.rss()
+    with torch.device("cpu" if source == "ram" else "meta"):
+        model = nn.ModuleDict({"table": nn.Embedding(num_rows, ROW_NUMEL, dtype=dtype)})
+    policy = {"tiers": {"gpu": {"device": "cpu"}, "cpu": {"budget": "1GiB"}}}
+    weights = {"ram": None, "init": "init", "folder": folder}[source]
+    engine = offload.offload(model, policy, weights=weights)
+    grown = machine.peak_rss() - before - engine.memory().slab_nbytes
+    engine.close(give_back=False)
+    return grown
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("source", ["ram", "init", "folder"])
+def test_a_large_parameter_is_in_ram_once_beside_the_slab(
+    source: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """As fp32, and without a copy to convert from. Only bf16 values come beside it, in half of it.
+
+    In a forked child, whose peak begins at what it has; a small model first loads what is lazy.
+    """
+    for folder, num_rows in (("small", 8), ("large", NUM_ROWS)):
+        (tmp_path / folder).mkdir()
+        if source == "folder":
+            table = {"table.weight": torch.zeros(num_rows, ROW_NUMEL, dtype=dtype)}
+            save_file(table, tmp_path / folder / "model.safetensors")
+
+    def measure() -> int:
+        beside_slab_nbytes(8, dtype, source, tmp_path / "small")
+        return beside_slab_nbytes(NUM_ROWS, dtype, source, tmp_path / "large")
+
+    ended = run_forked(measure)
+    assert ended.code == ENDED, ended
+    beside = 0.5 if dtype is torch.bfloat16 and source != "init" else 0.0
+    assert 0.9 + beside < int(ended.said) / ONCE_NBYTES < 1.4 + beside
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_master_is_a_copy_only_where_it_has_to_be(dtype: torch.dtype) -> None:
+    values = torch.arange(-30.0, 30.0).view(3, 4, 5).to(dtype)
+    for given in (values, values[:, 1:], values.transpose(0, 2), values[0, 0, 0], values[:0]):
+        taken = materialise.as_master(nn.Parameter(given))
+        assert taken.is_contiguous() and taken.dtype is torch.float32 and not taken.requires_grad
+        assert taken.shape == given.shape and torch.equal(taken, given.float())
+        reads_in_place = dtype is torch.float32 and given.is_contiguous()
+        assert (taken.data_ptr() == given.data_ptr()) == reads_in_place or given.numel() == 0
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_moving_in_only_reads_the_values(format: str, nvme_dir: Path) -> None:
+    """fp32 values are read where they lie; somebody else may hold them as well."""
+    model = LLAMA.make_model()
+    held = {name: p.detach() for name, p in model.named_parameters()}
+    want = {name: bits(value) for name, value in held.items()}
+    with offload.offload(model, policy_of(nvme_dir, format=format)):
+        assert {name: bits(value) for name, value in held.items()} == want
 
 
 # A failure on the way in
@@ -245,6 +312,31 @@ def test_a_module_that_cannot_initialise_itself_is_named(nvme_dir: Path) -> None
         offload.offload(model, policy_of(nvme_dir), weights="init")
 
 
+def test_an_initialiser_that_changes_a_shape_is_named(nvme_dir: Path) -> None:
+    class Growing(nn.Linear):
+        def reset_parameters(self) -> None:
+            self.weight.data = torch.zeros(64, 2 * self.weight.shape[1])  # also when it is built
+
+    model = on_meta(lambda: nn.ModuleDict({"grows": Growing(64, 64)}))
+    with pytest.raises(StateError, match=r"grows.weight .* shape \(64, 256\), .* \(64, 128\)"):
+        offload.offload(model, policy_of(nvme_dir), weights="init")
+
+
+def test_initialised_values_go_one_by_one(nvme_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a chunk at a time: each is gone before the next one is stored."""
+    store, seen = materialise._store, []
+
+    def watch(param: Any, master: Tensor, *planes: Any) -> None:
+        assert all(values.expired() for values in seen), param.name
+        seen.append(StorageWeakRef(master.untyped_storage()))
+        store(param, master, *planes)
+
+    monkeypatch.setattr(materialise, "_store", watch)
+    with offload.offload(on_meta(LLAMA.build), policy_of(nvme_dir), weights="init") as engine:
+        chunks = [chunk for chunk in engine._engine.chunks if len(chunk.params) > 4]
+        assert len(chunks) > 2 and len(seen) == len(list(engine.model.parameters()))
+
+
 # Safetensors
 
 
@@ -321,8 +413,6 @@ def test_a_folder_of_the_base_model_fits_the_whole_one(tmp_path: Path, nvme_dir:
 
 def broken(folder: Path, scratch: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     """A copy of a single-file checkpoint whose tensors were changed."""
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, scratch / "model.safetensors")
