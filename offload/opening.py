@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from offload import numa
+from offload import heap, numa
 from offload.calibrate import DriveProfile, cached_profile, profile_of
 from offload.chunk import Chunk
 from offload.commit import Commits
@@ -162,6 +162,8 @@ def open_engine(
     limits = used.limits if used is not None else None
     paths = nvme.paths if used is not None and nvme is not None else ()
     limits = _near(paths, device, limits or default_limits(backend))
+    if device.is_host:  # gradients and logits are then buffers of this process
+        heap.fix_thresholds()
     slab = Slab(plan.slab_nbytes)
     try:
         if used is not None and nvme is not None:

@@ -18,7 +18,7 @@ LAYERS = {
     name: layer
     for layer, names in enumerate(
         [
-            "errors tier timeline machine forks interrupts smart scale",
+            "errors tier timeline machine forks interrupts smart scale heap",
             "formats io slots stats openmp swapfile wear numa sizes torchstate",
             "policy runfolder update factors",
             "store factored calibrate spec moments",
