@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How much slower are optimizers of torch than the native one: seconds and bytes of a step.
+"""What do optimizers cost beside native AdamW, in tiles and through torch: seconds and bytes.
 
     python bench/generic.py --model 350m --dir /mnt/nvme/bench
 
@@ -36,10 +36,11 @@ from worker import disk_bytes
 NATIVE = "native AdamW, exact"
 SETTINGS: dict[str, list[str]] = {
     NATIVE: ["optimizer.kind=adamw", "state.format=exact"],
+    "native Adafactor, exact": ["optimizer.kind=adafactor", "state.format=exact"],
+    "native SCALE, exact": ["optimizer.kind=scale", "state.format=exact"],
+    "native SCALE, int8": ["optimizer.kind=scale", "state.format=int8"],
     "torch AdamW, exact": ["optimizer.name=AdamW", "state.format=exact"],
     "torch Adafactor, exact": ["optimizer.name=Adafactor", "state.format=exact"],
-    "SCALE, exact": ["optimizer.name=SCALE", "state.format=exact"],
-    "SCALE, int8": ["optimizer.name=SCALE", "state.format=int8"],
 }
 BUDGETS = {"tiny": "512MiB", "350m": "2GiB", "1b": "4GiB"}  # of torch's AdamW, which needs the most
 GB = 1e9

@@ -14,6 +14,7 @@ namespace {
 
 constexpr int32_t kFlagMaximize = 1;
 constexpr int32_t kFlagNesterov = 2;
+constexpr int32_t kFlagDirect = 4;
 
 // One op as Python packs it: '<qqiiddddddQq'.
 struct OpRecord {
@@ -82,18 +83,19 @@ bool parse_op(Bytes* bytes, UpdateOp* op) {
   }
   if (!check(record.begin >= 0 && record.end >= 0, "an op's range must not be negative") ||
       !check(record.rule >= 0 && record.rule < kNumRules,
-             "an op's rule must be 0 (adamw), 1 (sgd), 2 (lion) or 3 (factored)") ||
-      !check((record.flags & ~(kFlagMaximize | kFlagNesterov)) == 0, "an op has unknown flags") ||
+             "an op's rule must be 0 (adamw), 1 (sgd), 2 (lion), 3 (factored) or 4 (scaled)") ||
+      !check((record.flags & ~(kFlagMaximize | kFlagNesterov | kFlagDirect)) == 0,
+             "an op has unknown flags") ||
       !check(record.step >= 1, "an op's step must be 1 or more")) {
     return false;
   }
   op->begin = static_cast<uint64_t>(record.begin);
   op->end = static_cast<uint64_t>(record.end);
-  op->rule =
-      make_rule({static_cast<RuleKind>(record.rule), record.lr, record.beta1, record.beta2,
-                 record.eps, record.weight_decay, record.grad_scale, record.seed, record.step,
-                 (record.flags & kFlagMaximize) != 0, (record.flags & kFlagNesterov) != 0});
-  return op->rule.kind != RuleKind::kFactored ||
+  op->rule = make_rule({static_cast<RuleKind>(record.rule), record.lr, record.beta1, record.beta2,
+                        record.eps, record.weight_decay, record.grad_scale, record.seed,
+                        record.step, (record.flags & kFlagMaximize) != 0,
+                        (record.flags & kFlagNesterov) != 0, (record.flags & kFlagDirect) != 0});
+  return !has_factors(op->rule.kind) ||
          (check(record.begin < record.end, "an op's range is empty") && parse_factors(bytes, op));
 }
 

@@ -301,6 +301,7 @@ FactoredScalars factored_scalars(const StepHyper& hyper) {
   scalars.lerp_weight = static_cast<float>(1.0 - hyper.beta1);
   scalars.eps_sq = static_cast<float>(hyper.eps * hyper.eps);
   scalars.negative_lr = static_cast<float>(-hyper.lr);
+  scalars.is_direct = hyper.is_direct;
   return scalars;
 }
 

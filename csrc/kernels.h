@@ -34,6 +34,9 @@
 // (i, j). The caller keeps the vectors, and gives an op the factors of its step: row_i / mean(row)
 // and col_j, for every matrix of the parameter. A vector is a matrix of one column with the factor
 // 1. exp_avg averages the quotient of gradient and root, as in the paper's section 9.
+// SCALE (arXiv 2506.16659) divides by the 2-norms of rows or columns in the same way, without any
+// moment: their squares are the factors, and those of the other dimension 1. For vectors, which it
+// trains with Adam, the caller gives the step itself as factors (is_direct).
 #pragma once
 
 #include <cstddef>
@@ -92,8 +95,12 @@ constexpr uint64_t tile_align_numel(StateFormat format) {
   return format == StateFormat::kInt8 ? 16 * kTileAlignNumel : kTileAlignNumel;
 }
 
-enum class RuleKind { kAdamw = 0, kSgd, kLion, kFactored };
-constexpr int kNumRules = 4;
+enum class RuleKind { kAdamw = 0, kSgd, kLion, kFactored, kScaled };
+constexpr int kNumRules = 5;
+
+constexpr bool has_factors(RuleKind kind) {
+  return kind == RuleKind::kFactored || kind == RuleKind::kScaled;
+}
 
 // How a parameter is cut into matrices: as many as fit into it, row by row.
 struct MatrixShape {
@@ -115,6 +122,7 @@ struct StepHyper {
   int64_t step;       // 1 for the first
   bool maximize;
   bool nesterov;
+  bool is_direct = false;
 };
 
 // The same, rounded to fp32 exactly where torch does. grad_scale is negative to maximize.
@@ -155,6 +163,7 @@ struct FactoredScalars {
   float lerp_weight;  // 1 - beta1
   float eps_sq;
   float negative_lr;
+  bool is_direct;
   MatrixShape shape;
   const float* rows;  // numel / num_cols of them, lent; null until the step runs
   const float* cols;  // numel / num_rows of them

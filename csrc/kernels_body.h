@@ -266,7 +266,9 @@ template <typename Format, typename Rule>
 inline void update_block(const Rule& rule, const Planes& planes, size_t i, uint64_t element,
                          const Random& random) {
   Moments<Format::kBlocks> moments;
-  Format::template load_moments<Rule::kHasSquares>(planes, i, moments);
+  if constexpr (Rule::kHasMoments) {
+    Format::template load_moments<Rule::kHasSquares>(planes, i, moments);
+  }
   for (size_t b = 0; b < Format::kBlocks; ++b) {
     const size_t at = i + b * kLanes;
     Lanes weight = Format::load_weight(planes, at);
@@ -274,7 +276,9 @@ inline void update_block(const Rule& rule, const Planes& planes, size_t i, uint6
               moments.exp_avg_sq[b]);
     Format::store_weight(planes, at, weight);
   }
-  Format::template store_moments<Rule::kHasSquares>(planes, i, moments, random);
+  if constexpr (Rule::kHasMoments) {
+    Format::template store_moments<Rule::kHasSquares>(planes, i, moments, random);
+  }
 }
 
 // The last elements, fewer than a block, in memory of their own with zeros behind them.
@@ -345,6 +349,8 @@ void update(StateFormat format, const StepRule& rule, char* const planes[kNumPla
       return update_with(format, LionRule(rule.lion), at, numel, index, random);
     case RuleKind::kFactored:
       return update_with(format, FactoredRule(rule.factored), at, numel, index, random);
+    case RuleKind::kScaled:
+      return update_with(format, ScaledRule(rule.factored), at, numel, index, random);
   }
 }
 

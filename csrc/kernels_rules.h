@@ -1,6 +1,7 @@
 // The arithmetic of the optimizers on 16 elements in fp32, included by kernels_body.h. A rule has
-// kHasSquares (whether it uses exp_avg_sq) and step(), which is told the number of the first
-// element in its chunk; its scalars are in every lane, so that a loop keeps them in registers.
+// kHasMoments, kHasSquares (whether it uses exp_avg_sq) and step(), which is told the number of the
+// first element in its chunk; its scalars are in every lane, so that a loop keeps them in
+// registers.
 
 // The shape of every line is that of torch's fused CPU kernel, and so is which multiply-adds are
 // fused: lerp and the second moment are, the update of the weight is not. This was found by trying
@@ -9,6 +10,7 @@
 // the last place.
 template <bool kLerpFromGrad>
 struct AdamwRule {
+  static constexpr bool kHasMoments = true;
   static constexpr bool kHasSquares = true;
   Lanes grad_scale, decay, lerp, beta2, grad_sq_weight, correction_sqrt, eps, step_size;
 
@@ -34,6 +36,7 @@ struct AdamwRule {
 
 // torch.optim.SGD: every multiply-add is fused there, in its fused, foreach and plain code alike.
 struct SgdRule {
+  static constexpr bool kHasMoments = true;
   static constexpr bool kHasSquares = false;
   Lanes grad_scale, weight_decay, momentum, grad_weight, negative_lr;
   bool has_weight_decay, has_momentum, is_first, nesterov;
@@ -64,6 +67,7 @@ struct SgdRule {
 
 // Lion (arXiv 2302.06675), rounded as its authors' PyTorch code is.
 struct LionRule {
+  static constexpr bool kHasMoments = true;
   static constexpr bool kHasSquares = false;
   Lanes grad_scale, decay, beta1, grad_weight1, beta2, grad_weight2, negative_lr;
 
@@ -85,36 +89,18 @@ struct LionRule {
 };
 
 // See [Note: factored].
-struct FactoredRule {
-  static constexpr bool kHasSquares = false;
-  Lanes grad_scale, decay, lerp, eps_sq, negative_lr;
+struct Factors {
   const float* rows;
   const float* cols;
   MatrixShape shape;
   uint64_t begin, numel;
 
-  explicit FactoredRule(const FactoredScalars& s)
-      : grad_scale(broadcast(s.grad_scale)),
-        decay(broadcast(s.decay)),
-        lerp(broadcast(s.lerp_weight)),
-        eps_sq(broadcast(s.eps_sq)),
-        negative_lr(broadcast(s.negative_lr)),
-        rows(s.rows),
-        cols(s.cols),
-        shape(s.shape),
-        begin(s.begin),
-        numel(s.numel) {}
+  explicit Factors(const FactoredScalars& s)
+      : rows(s.rows), cols(s.cols), shape(s.shape), begin(s.begin), numel(s.numel) {}
 
-  void step(uint64_t element, Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes&) const {
-    grad = mul(grad, grad_scale);
-    const Lanes direction = div(grad, sqrt(max(squares(element - begin), eps_sq)));
-    exp_avg = fma(lerp, sub(direction, exp_avg), exp_avg);
-    weight = fma(exp_avg, negative_lr, mul(weight, decay));
-  }
-
-  // The second moment of 16 elements, from the parameter's element `at` on.
-  Lanes squares(uint64_t at) const {
-    const uint64_t row = at / shape.num_cols, col = at - row * shape.num_cols;
+  // The products for 16 elements of the chunk, from `element` on.
+  Lanes products(uint64_t element) const {
+    const uint64_t at = element - begin, row = at / shape.num_cols, col = at - row * shape.num_cols;
     if (at < numel && col + kLanes <= shape.num_cols) {
       const float* columns = cols + row / shape.num_rows * shape.num_cols;
       return mul(broadcast(rows[row]), load(columns + col));
@@ -134,5 +120,52 @@ struct FactoredRule {
       }
     }
     return result;
+  }
+};
+
+struct FactoredRule {
+  static constexpr bool kHasMoments = true;
+  static constexpr bool kHasSquares = false;
+  Lanes grad_scale, decay, lerp, eps_sq, negative_lr;
+  Factors factors;
+
+  explicit FactoredRule(const FactoredScalars& s)
+      : grad_scale(broadcast(s.grad_scale)),
+        decay(broadcast(s.decay)),
+        lerp(broadcast(s.lerp_weight)),
+        eps_sq(broadcast(s.eps_sq)),
+        negative_lr(broadcast(s.negative_lr)),
+        factors(s) {}
+
+  void step(uint64_t element, Lanes grad, Lanes& weight, Lanes& exp_avg, Lanes&) const {
+    const Lanes root = sqrt(max(factors.products(element), eps_sq));
+    const Lanes direction = div(mul(grad, grad_scale), root);
+    exp_avg = fma(lerp, sub(direction, exp_avg), exp_avg);
+    weight = fma(exp_avg, negative_lr, mul(weight, decay));
+  }
+};
+
+// SGD on normalised rows or columns; with `is_direct` the products are the step itself.
+struct ScaledRule {
+  static constexpr bool kHasMoments = false;
+  static constexpr bool kHasSquares = false;
+  Lanes grad_scale, decay, eps_sq, negative_lr;
+  bool is_direct;
+  Factors factors;
+
+  explicit ScaledRule(const FactoredScalars& s)
+      : grad_scale(broadcast(s.grad_scale)),
+        decay(broadcast(s.decay)),
+        eps_sq(broadcast(s.eps_sq)),
+        negative_lr(broadcast(s.negative_lr)),
+        is_direct(s.is_direct),
+        factors(s) {}
+
+  void step(uint64_t element, Lanes grad, Lanes& weight, Lanes&, Lanes&) const {
+    Lanes direction = factors.products(element);
+    if (!is_direct) {
+      direction = div(mul(grad, grad_scale), sqrt(max(direction, eps_sq)));
+    }
+    weight = fma(direction, negative_lr, mul(weight, decay));
   }
 };

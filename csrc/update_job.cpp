@@ -48,6 +48,10 @@ bool is_needed(const UpdateJob& job, int plane) {
     return std::any_of(job.ops.begin(), job.ops.end(),
                        [](const UpdateOp& op) { return op.rule.kind == RuleKind::kAdamw; });
   }
+  if (plane == kExpAvg || plane == kExpAvgScale) {
+    return std::any_of(job.ops.begin(), job.ops.end(),
+                       [](const UpdateOp& op) { return op.rule.kind != RuleKind::kScaled; });
+  }
   return plane != kGradLo && !job.ops.empty();
 }
 
@@ -217,7 +221,7 @@ void run_kernels(const UpdateJob& job, const KernelSet& kernels, uint64_t begin,
     const UpdateOp& op = job.ops[i];
     const uint64_t from = std::max(op.begin, begin);
     StepRule rule = op.rule;
-    if (rule.kind == RuleKind::kFactored) {
+    if (has_factors(rule.kind)) {
       rule.factored.rows = op.factors.data();
       rule.factored.cols = op.factors.data() + (op.end - op.begin) / rule.factored.shape.num_cols;
     }

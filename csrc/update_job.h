@@ -41,7 +41,8 @@ struct UpdateOp {
   uint64_t begin;
   uint64_t end;
   StepRule rule;
-  std::vector<float> factors = {};  // of kFactored: those of the rows, then those of the columns
+  std::vector<float> factors =
+      {};  // where the rule has factors: those of the rows, then those of the columns
 };
 
 struct UpdateJob {

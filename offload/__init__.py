@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from offload.optim import SGD, Adafactor, AdamW, Lion
     from offload.plan import Plan
-    from offload.scale import SCALE
+    from offload.scaleoptim import SCALE
     from offload.session import Session
     from offload.stats import StepResult
     from offload.torchoptim import Torch
@@ -39,7 +39,7 @@ __version__ = "0.1.0"
 PolicySource = str | Path | Mapping[str, object] | OffloadPolicy
 _AT_FIRST_USE = {
     "AdamW": "offload.optim",
-    "SCALE": "offload.scale",
+    "SCALE": "offload.scaleoptim",
     "Torch": "offload.torchoptim",
     "Adafactor": "offload.optim",
     "Lion": "offload.optim",

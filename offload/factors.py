@@ -1,4 +1,4 @@
-"""The factored second moment of Adafactor: what is kept of it, and the sums that move it on.
+"""What Adafactor and SCALE know of whole matrices: what is kept of it, and sums over gradients.
 
 [Note: factors] A step needs sums over rows and columns of a whole gradient before its first element
 can be updated, and the update streams tiles. So the sums are taken when a gradient lands, while it
@@ -19,12 +19,15 @@ import torch
 from offload.torchstate import StateEntry
 
 ROW_VAR, COL_VAR = "row_var", "col_var"  # torch.optim.Adafactor's words
+EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 SUM_NBYTES = 8 + 4  # of a row or a column: its sum, and its factor in an op
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FactorSums:
-    """Sums of squares of a gradient by rows and by columns, float64, all matrices in order."""
+    """Sums of squares of a gradient by rows and by columns, float64, all matrices in order; of a
+    vector `rows` is the gradient itself.
+    """
 
     rows: torch.Tensor
     cols: torch.Tensor
@@ -38,16 +41,12 @@ def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) < 2:
         return math.prod(shape), 1
     ways = (shape[-2], shape[-1]), (shape[0], math.prod(shape[1:]))
-    return min(ways, key=lambda way: _num_sums(shape, *way))
+    return min(ways, key=lambda way: num_sums(shape, way))
 
 
-def num_sums(shape: Sequence[int]) -> int:
+def num_sums(shape: Sequence[int], matrix: tuple[int, int]) -> int:
     """How many rows and columns a parameter's matrices have together."""
-    return _num_sums(shape, *matrix_of(shape))
-
-
-def _num_sums(shape: Sequence[int], num_rows: int, num_cols: int) -> int:
-    numel = math.prod(shape)
+    numel, (num_rows, num_cols) = math.prod(shape), matrix
     return numel // num_cols + numel // num_rows
 
 
@@ -64,3 +63,17 @@ def factor_entries(shape: tuple[int, ...], begin: int) -> tuple[StateEntry, ...]
     end = begin + rows.num_items
     cols = StateEntry(name=COL_VAR, shape=(*front, num_cols), dtype=torch.float32, offset=end)
     return rows, cols
+
+
+def vector_entries(shape: tuple[int, ...], begin: int) -> tuple[StateEntry, ...]:
+    """What SCALE keeps of a parameter: Adam's moments of a vector, nothing of a matrix."""
+    if len(shape) > 1:
+        return ()
+    first = StateEntry(name=EXP_AVG, shape=shape, dtype=torch.float32, offset=begin)
+    end = begin + first.num_items
+    return first, StateEntry(name=EXP_AVG_SQ, shape=shape, dtype=torch.float32, offset=end)
+
+
+def flat_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """SCALE's one matrix of a parameter: its first dimension, and all others."""
+    return (math.prod(shape), 1) if len(shape) < 2 else (shape[0], math.prod(shape[1:]))

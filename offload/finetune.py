@@ -360,6 +360,8 @@ def make_optimizer(model: torch.nn.Module, train: TrainSection, policy: Optimize
         return offload.SGD(groups, lr=train.lr, momentum=train.betas[0])
     if kind == "adafactor":
         return offload.Adafactor(groups, lr=train.lr, beta1=train.betas[0])
+    if kind == "scale":
+        return offload.SCALE(groups, lr=train.lr, betas=train.betas, **policy.options)
     make = offload.Lion if kind == "lion" else offload.AdamW
     return make(groups, lr=train.lr, betas=train.betas)
 

@@ -86,8 +86,11 @@ class StateFormat:
 
     @property
     def numel_multiple(self) -> int:
-        """Elements that chunks and tiles are multiples of: 4 KiB of the narrowest plane."""
-        has_scales = any(plane in self.dtypes for plane in SCALE_PLANES)
+        """Elements that chunks and tiles are multiples of: 4 KiB of the narrowest plane that the
+        format can have where the worker updates it.
+        """
+        in_tiles = Plane.TORCH_STATE not in self.dtypes or Plane.FACTORS in self.dtypes
+        has_scales = in_tiles and any(plane in _DTYPES[self.name] for plane in SCALE_PLANES)
         return NUMEL_MULTIPLE * GROUP_NUMEL // 2 if has_scales else NUMEL_MULTIPLE
 
     def num_items(self, plane: Plane, numel: int) -> int:
@@ -136,15 +139,17 @@ FORMATS = {
 
 def state_format(name: str, optimizer: str = "adamw") -> StateFormat:
     """The format as an optimizer needs it: only AdamW keeps a second moment by element,
-    Adafactor its factors, and one of torch has a plane of its own for whatever it keeps.
+    Adafactor its factors, SCALE no moments, and one of torch a plane for whatever it keeps.
     """
     fmt = FORMATS[name]
     if optimizer == "adamw":
         return fmt
-    if optimizer == "torch":
+    if optimizer in ("torch", "scale"):
         kept = (Plane.WEIGHT, Plane.RESIDUE, *GRAD_PLANES)
         dtypes = {plane: dtype for plane, dtype in fmt.dtypes.items() if plane in kept}
-        dtypes[Plane.TORCH_STATE] = torch.float32
+        dtypes[Plane.TORCH_STATE] = torch.float32  # of SCALE that of the last layer
+        if optimizer == "scale":
+            dtypes[Plane.FACTORS] = torch.float32
     else:
         dtypes = {plane: d for plane, d in fmt.dtypes.items() if plane not in SQUARES_PLANES}
         if optimizer == "adafactor":
@@ -205,12 +210,20 @@ def gradient_sum_squares(plane: torch.Tensor) -> float:
     return float(_native.sum_squares(plane.data_ptr(), 0, plane.numel(), kind))
 
 
-def gradient_factor_sums(
-    plane: torch.Tensor, plane_lo: torch.Tensor | None, num_rows: int, num_cols: int
+def gradient_sums(
+    plane: torch.Tensor, plane_lo: torch.Tensor | None, matrix: tuple[int, int], *, is_vector: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of squares of a landed gradient (N) by rows (N / num_cols) and by columns (N / num_rows)
-    of its matrices, in float64 and in a fixed order.
+    of its matrices, in float64 and in a fixed order. Of a vector itself, and nothing.
     """
+    num_rows, num_cols = matrix
+    if is_vector:
+        values = torch.empty(plane.numel(), dtype=torch.float32)
+        if plane.dtype is torch.float32:
+            values.copy_(plane)
+        else:
+            join_master(plane, plane_lo, values)
+        return values.double(), torch.empty(0, dtype=torch.float64)
     rows = torch.empty(plane.numel() // num_cols, dtype=torch.float64)
     cols = torch.empty(plane.numel() // num_rows, dtype=torch.float64)
     kind = 1 if plane.dtype is torch.float32 else 0

@@ -21,12 +21,12 @@ from offload import io
 from offload.chunk import Chunk, Gradient, Ops
 from offload.engine import Engine
 from offload.errors import BudgetError, NumericsError, StateError
-from offload.factors import FactorSums, matrix_of
+from offload.factors import FactorSums
 from offload.formats import (
     LandMode,
     Plane,
-    gradient_factor_sums,
     gradient_sum_squares,
+    gradient_sums,
     join_master,
     land_gradient,
 )
@@ -163,9 +163,10 @@ class Gradients:
         low: torch.Tensor | None,
     ) -> None:  # fmt: skip
         """The sums of [Note: factors], of what the planes hold now."""
-        if Plane.FACTORS in self.engine.plan.fmt.dtypes:
-            shape = matrix_of(chunk.spec.params[position].shape)
-            gradient.factor_sums[position] = FactorSums(*gradient_factor_sums(high, low, *shape))
+        param = chunk.spec.params[position]
+        if param.matrix is not None:
+            sums = gradient_sums(high, low, param.matrix, is_vector=len(param.shape) < 2)
+            gradient.factor_sums[position] = FactorSums(*sums)
 
     def _land_from_device(
         self, chunk: Chunk, position: int, grad: torch.Tensor, mode: LandMode

@@ -12,7 +12,7 @@ import torch
 
 from offload.chunk import Chunk, Ops
 from offload.errors import StateError
-from offload.factored import FactoredParam, FactoredStep
+from offload.factored import AdafactorParam, FactoredStep
 from offload.factors import matrix_of
 from offload.formats import Plane
 from offload.optimstate import TorchState
@@ -279,13 +279,13 @@ class Adafactor(TierOptimizer):
         params = []
         for position, group, common in self._capture(chunk, positions, scales):
             spec = chunk.spec.params[position]
-            num_rows, num_cols = matrix_of(spec.shape)
+            num_rows, num_cols = spec.matrix or matrix_of(spec.shape)
             op = FactoredOp(
                 beta1=float(group["beta1"]), eps=float(group["eps"]),
                 num_rows=num_rows, num_cols=num_cols, **common,
             )  # fmt: skip
             weight = op.step ** float(group["beta2_decay"])
-            params.append(FactoredParam(position=position, op=op, state=spec.state, weight=weight))
+            params.append(AdafactorParam(position=position, op=op, state=spec.state, weight=weight))
         return FactoredStep(tuple(params)) if params else None
 
 

@@ -9,7 +9,7 @@ tiny transfers are saved for a few megabytes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from offload.errors import PolicyError, StateError
 from offload.formats import is_supported_dtype, state_format
 from offload.plan import Plan, make_plan
 from offload.policy import OffloadPolicy, OptimizerPolicy
+from offload.scale import LAST, PlainScale
 from offload.torchstate import defaults_of, freeze, optimizer_class
 
 SMALL_NUMEL = (
@@ -62,20 +63,40 @@ def with_state(specs: list[ChunkSpec], optimizer: OptimizerPolicy) -> list[Chunk
     """The same chunks with room for what the policy's optimizer keeps by parameter."""
     if optimizer.kind == "adafactor":
         return [spec.with_factors() for spec in specs]
+    if optimizer.kind == "scale":
+        return with_last_layer(specs, optimizer.options)
     return with_torch_state(specs, optimizer) if optimizer.kind == "torch" else specs
+
+
+def with_last_layer(specs: list[ChunkSpec], options: Mapping[str, object]) -> list[ChunkSpec]:
+    """The same chunks with room for what SCALE keeps: a moment of the last layer, in a chunk that
+    is stepped in torch, and of the others' vectors.
+    """
+    unknown = sorted(set(options) - {"last"})
+    if unknown:
+        raise PolicyError(
+            f"optimizer.options: with kind scale there is only last, not {', '.join(unknown)}."
+        )
+    last = options.get("last", LAST)
+    if last is not None and last not in {p.name for spec in specs for p in spec.params}:
+        raise PolicyError(
+            f"optimizer.options: SCALE looks for the last layer in {last}, and the model has no "
+            "parameter of that name. Set last to the one that it has (of a tied head its "
+            "embedding), or to null for no momentum."
+        )
+    in_torch = freeze({"last": last})
+    return [
+        spec.with_torch_state(PlainScale, in_torch)
+        if any(param.name == last for param in spec.params)
+        else spec.with_vectors()
+        for spec in specs
+    ]
 
 
 def with_torch_state(specs: Sequence[ChunkSpec], optimizer: OptimizerPolicy) -> list[ChunkSpec]:
     """The same chunks with room for the state of the policy's torch optimizer."""
     cls = optimizer_class(str(optimizer.name))
     options = defaults_of(cls, optimizer.options)
-    last, names = options.get("last"), {p.name for spec in specs for p in spec.params}
-    if last is not None and last not in names:
-        raise PolicyError(
-            f"optimizer.options: {cls.__name__} looks for the last layer in {last}, and the model "
-            "has no parameter of that name. Set last to the one that it has (of a tied head its "
-            "embedding), or to null for no momentum."
-        )
     return [spec.with_torch_state(cls, freeze(options)) for spec in specs]
 
 

@@ -281,7 +281,7 @@ def make_plan(
     """
     specs = [spec.aligned(fmt) for spec in specs]
     tile_numel = min(policy.optimizer.tile_numel, max(spec.numel for spec in specs))
-    if Plane.TORCH_STATE in fmt.dtypes:
+    if space.steps_in_torch(fmt):
         tile_numel = min(tile_numel, _TORCH_TILE_NUMEL)
     while tile_numel > _MIN_TILE_NUMEL:  # the tiles take at most an eighth of the budget
         if tile_buffer_nbytes(tile_numel) * 8 <= policy.tiers.cpu.budget:
@@ -348,7 +348,7 @@ class _Planner:
             f"tiers.cpu.budget of {format_nbytes(self.policy.tiers.cpu.budget)} is too small: "
             f"{case} the model needs "
             f"{short_nbytes(needed)} ({rows}). Set tiers.cpu.budget to at least "
-            f"{needed >> 20}MiB{other}."
+            f"{-(-needed >> 20)}MiB{other}."
         )
 
     def _base(self, **changes: object) -> Plan:

@@ -213,19 +213,19 @@ class StatePolicy(Section):
     format: Literal["exact", "fp32", "bf16", "int8"] = Field(
         default="exact",
         description="exact (bf16 weights with the low bits beside them), fp32, bf16 (as exact, "
-        "with bf16 moments; not with kind torch) or int8 (24-bit weights, 8-bit moments; with kind "
-        "torch fp32 state)",
+        "with bf16 moments; not with kind torch or scale) or int8 (24-bit weights, 8-bit moments; "
+        "with kind torch or scale fp32 state)",
     )
 
 
 class OptimizerPolicy(Section):
     """Which optimizer the state is laid out for, and when and in what portions its steps run."""
 
-    kind: Literal["adamw", "sgd", "lion", "adafactor", "torch"] = Field(
+    kind: Literal["adamw", "sgd", "lion", "adafactor", "scale", "torch"] = Field(
         default="adamw",
-        description="adamw, sgd, lion or adafactor: the optimizer that the loop will create; sgd "
-        "and lion keep no second moment, adafactor its row and column means; torch: the one "
-        "that name says, slower",
+        description="adamw, sgd, lion, adafactor or scale: the optimizer that the loop will create;"
+        " sgd and lion keep no second moment, adafactor its row and column means, scale a momentum "
+        "of the last layer only; torch: the one that name says, slower",
     )
     name: str | None = Field(
         default=None,
@@ -235,8 +235,8 @@ class OptimizerPolicy(Section):
     options: dict[str, Any] = Field(
         default={},
         validate_default=True,
-        description="with kind torch: a mapping of the optimizer's arguments that decide which "
-        "state it keeps, such as {momentum: 0.9, centered: true}",
+        description="with kind torch or scale: a mapping of the arguments that decide which "
+        "state it keeps, such as {momentum: 0.9, centered: true}, or {last: lm_head.weight}",
     )
     update: Literal["auto", "eager", "deferred"] = Field(
         default="auto",
@@ -278,8 +278,8 @@ class OptimizerPolicy(Section):
     @field_validator("options", mode="after")
     @classmethod
     def _options_need_a_name(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        if value and info.data.get("kind") != "torch":
-            raise ValueError(f"{_show(value)} needs optimizer.kind: torch")
+        if value and info.data.get("kind") not in ("torch", "scale"):
+            raise ValueError(f"{_show(value)} needs optimizer.kind: torch or scale")
         return FrozenOptions(value)
 
 
@@ -316,10 +316,11 @@ class OffloadPolicy(Section):
     @classmethod
     def _torch_keeps_fp32(cls, value: OptimizerPolicy, info: ValidationInfo) -> OptimizerPolicy:
         state = info.data.get("state")
-        if value.kind == "torch" and state is not None and state.format == "bf16":
+        no_moments = value.kind in ("torch", "scale")
+        if no_moments and state is not None and state.format == "bf16":
             raise ValueError(
-                "kind torch keeps all moments in fp32, so state.format bf16 would be exact under "
-                "another name: set it to exact"
+                f"kind {value.kind} keeps what it keeps in fp32, so state.format bf16 would be "
+                "exact under another name: set it to exact"
             )
         return value
 

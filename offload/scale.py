@@ -1,5 +1,5 @@
-"""SCALE: SGD on normalised columns, with momentum in the last layer only. A plain torch optimizer,
-in memory as well as on offloaded state.
+"""SCALE: SGD on normalised columns, with momentum in the last layer only. A plain torch optimizer:
+the reference, and what steps the last layer of an offloaded model.
 
 [Note: SCALE] From Glentis, Li, Han and Hong, arXiv 2506.16659: m = beta m + (1 - beta) g in the
 last layer and m = g elsewhere, and every column of m is divided by its 2-norm. The paper's matrices
@@ -16,12 +16,30 @@ from typing import Any
 
 import torch
 
+LAST = "lm_head.weight"  # what Hugging Face calls the last layer of a language model
 _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
-_NORM_MIN = 1e-8  # a column without a gradient stays as it is
+NORM_MIN = 1e-8  # a column without a gradient stays as it is
 
 
-class SCALE(torch.optim.Optimizer):
-    """SCALE (arXiv 2506.16659). State: one moment of the parameter `last`, two of vectors.
+def check_scale(
+    *, lr: float, weight_decay: float, eps: float, momentum: float, betas: tuple[float, float]
+) -> None:
+    """Raise ValueError for a hyperparameter that is out of its range."""
+    for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
+        if not value >= 0:
+            raise ValueError(f"SCALE: {name} is {value}; it must be 0 or more.")
+    for name, value in {"momentum": momentum, "betas": betas[0], "beta2": betas[1]}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"SCALE: {name} is {value}; it must be in [0, 1).")
+
+
+def is_input_first(name: str, ndim: int, *, embedding: str, last: str | None) -> bool:
+    """Whether a parameter has one input's weights in a row. See [Note: SCALE]."""
+    return ndim == 2 and embedding in name and name != last
+
+
+class PlainScale(torch.optim.Optimizer):
+    """SCALE (arXiv 2506.16659) in memory: a moment of the parameter `last`, two of vectors.
 
     Give it model.named_parameters(): names say which parameter is the last layer's, and that those
     with `embedding` in their name are kept input first. `last=None` is no momentum anywhere. See
@@ -36,19 +54,14 @@ class SCALE(torch.optim.Optimizer):
         lr: float = 1e-3,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        last: str | None = "lm_head.weight",
+        last: str | None = LAST,
         embedding: str = "embed",
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
         rms: bool = False,
     ) -> None:
-        for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
-            if not value >= 0:
-                raise ValueError(f"SCALE: {name} is {value}; it must be 0 or more.")
-        for name, value in {"momentum": momentum, "betas": betas[0], "beta2": betas[1]}.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"SCALE: {name} is {value}; it must be in [0, 1).")
+        check_scale(lr=lr, weight_decay=weight_decay, eps=eps, momentum=momentum, betas=betas)
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "last": last,
             "embedding": embedding, "betas": betas, "eps": eps, "rms": rms,
@@ -93,13 +106,13 @@ class SCALE(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(param)
             update = state["momentum_buffer"].lerp_(update, 1 - group["momentum"])
-        is_input_first = group["embedding"] in name and not is_last and param.ndim == 2
+        places = {"embedding": group["embedding"], "last": group["last"]}
         flat = update.reshape(update.shape[0], -1)
-        dim = 0 if is_input_first else 1
+        dim = 0 if is_input_first(name, param.ndim, **places) else 1
         norm = torch.linalg.vector_norm(flat, dim=dim, keepdim=True)
         if group["rms"]:
             norm = norm / flat.shape[dim] ** 0.5
-        param.add_((flat / norm.clamp_min(_NORM_MIN)).view_as(param), alpha=-group["lr"])
+        param.add_((flat / norm.clamp_min(NORM_MIN)).view_as(param), alpha=-group["lr"])
 
     def _step_vector(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         grad, state = param.grad, self.state[param]

@@ -11,10 +11,10 @@ from offload.errors import PolicyError
 
 NBYTES_MAX = 2**63 - 1  # a file offset is a signed 64-bit number
 
-# The classes of torch.optim, and ours, that run here, and why others do not.
+# The classes of torch.optim that run here, and why others do not.
 TORCH_NAMES = (
     *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
-    *("RMSprop", "Rprop", "SCALE", "SGD"),
+    *("RMSprop", "Rprop", "SGD"),
 )
 TORCH_REFUSED = {
     "LBFGS": "it calls the loss several times a step, and needs all parameters at once",

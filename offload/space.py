@@ -60,8 +60,16 @@ def saving(pool: PoolSpec, spec: ChunkSpec, plane: Plane) -> int:
     return (2 if len(pool.members) > pool.num_weight_slots else 0) + spec.trainable
 
 
-def _steps_in_torch(fmt: StateFormat) -> bool:
-    return Plane.TORCH_STATE in fmt.dtypes
+def steps_in_torch(fmt: StateFormat) -> bool:
+    """Whether no chunk is updated in tiles."""
+    return Plane.TORCH_STATE in fmt.dtypes and Plane.FACTORS not in fmt.dtypes
+
+
+def _stepped_in_torch(specs: Sequence[ChunkSpec], fmt: StateFormat) -> list[ChunkSpec]:
+    """The chunks whose planes are brought to memory whole. See [Note: torch step]."""
+    if Plane.TORCH_STATE not in fmt.dtypes:
+        return []
+    return [s for s in specs if s.trainable and s.state_plane is Plane.TORCH_STATE]
 
 
 def _largest_param_nbytes(specs: Sequence[ChunkSpec]) -> int:
@@ -71,18 +79,18 @@ def _largest_param_nbytes(specs: Sequence[ChunkSpec]) -> int:
 
 def work_nbytes(specs: Sequence[ChunkSpec], fmt: StateFormat) -> int:
     """The fp32 master and gradient of one parameter, where a format splits them."""
-    if not _steps_in_torch(fmt) or Plane.RESIDUE not in fmt.dtypes:
+    stepped = _stepped_in_torch(specs, fmt)
+    if Plane.RESIDUE not in fmt.dtypes:
         return 0
-    return round_up(2 * _largest_param_nbytes(specs), ALIGN_NBYTES)
+    return round_up(2 * _largest_param_nbytes(stepped), ALIGN_NBYTES)
 
 
 def scratch_nbytes(
     specs: Sequence[ChunkSpec], fmt: StateFormat, moving: Mapping[int, Sequence[Plane]]
 ) -> int:
     """work_nbytes, and all planes of one chunk that do not rest in RAM (`moving`, by chunk)."""
-    if not _steps_in_torch(fmt):
-        return 0
-    chunks = [sum(s.nbytes(p, fmt) for p in moving[s.index]) for s in specs if s.trainable]
+    stepped = _stepped_in_torch(specs, fmt)
+    chunks = [sum(s.nbytes(p, fmt) for p in moving[s.index]) for s in stepped]
     return max(chunks, default=0) + work_nbytes(specs, fmt)
 
 
@@ -91,22 +99,31 @@ def beside_nbytes(specs: Sequence[ChunkSpec], fmt: StateFormat) -> int:
     of one parameter, at most: temporaries, and in its first step the state, which is then copied to
     its plane. Of Adafactor the sums that wait beside gradients.
     """
-    params = [p for s in specs if s.trainable for p in s.params]
-    if Plane.FACTORS in fmt.dtypes:
-        return sum(SUM_NBYTES * num_sums(p.shape) for p in params if p.trainable)
-    if not _steps_in_torch(fmt):
-        return 0
-    return max(
-        TORCH_TEMPORARIES * 4 * p.numel + 4 * sum(entry.num_items for entry in p.state)
-        for p in params
+    params = [p for s in _stepped_in_torch(specs, fmt) for p in s.params]
+    in_torch = max(
+        (
+            TORCH_TEMPORARIES * 4 * p.numel + 4 * sum(entry.num_items for entry in p.state)
+            for p in params
+        ),
+        default=0,
     )
+    sums = [
+        SUM_NBYTES * num_sums(p.shape, p.matrix)
+        for s in specs
+        for p in s.params
+        if p.trainable and p.matrix is not None
+    ]
+    return in_torch + sum(sums)
 
 
 def beside_line(nbytes: int, fmt: StateFormat) -> str:
     """Says what beside_nbytes is for."""
-    what = "what torch allocates in the step of one parameter"
-    if Plane.FACTORS in fmt.dtypes:
-        what = "sums over rows and columns of gradients"
+    torch_step = ["what torch allocates in the step of one parameter"]
+    sums = ["sums over rows and columns of gradients"]
+    what = " and ".join(
+        (torch_step if Plane.TORCH_STATE in fmt.dtypes else [])
+        + (sums if Plane.FACTORS in fmt.dtypes else [])
+    )
     return f"  and {short_nbytes(nbytes)} beside it, for {what}"
 
 
@@ -114,5 +131,10 @@ def state_itemsize(specs: Sequence[ChunkSpec], fmt: StateFormat) -> float:
     """Bytes per parameter that persist between steps."""
     trained = [spec for spec in specs if spec.trainable]
     planes = [plane for plane in STATE_BY_PARAM if plane in fmt.dtypes]
-    nbytes = sum(spec.nbytes(plane, fmt) for spec in trained for plane in planes)
+    nbytes = sum(
+        spec.nbytes(plane, fmt)
+        for spec in trained
+        for plane in planes
+        if plane in spec.state_planes(fmt)
+    )
     return fmt.state_itemsize + round(nbytes / max(sum(s.numel for s in trained), 1), 3)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from offload.factors import factor_entries
+from offload.factors import factor_entries, flat_matrix, matrix_of, vector_entries
 from offload.formats import NUMEL_MULTIPLE, STATE_BY_PARAM, Plane, StateFormat
 from offload.slots import round_up
 from offload.torchstate import ITEM_DTYPE, Frozen, StateEntry, entries_of
@@ -18,8 +18,9 @@ _PARAM_MULTIPLE = 64  # elements; weights start on a cache line in every dtype, 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ParamSpec:
-    """One parameter's place in its chunk; `offset` and `numel` in elements. `state` is what a torch
-    optimizer keeps for it in the plane TORCH_STATE, or Adafactor in FACTORS.
+    """One parameter's place in its chunk; `offset` and `numel` in elements. `state` is what an
+    optimizer keeps for it in the chunk's state_plane; `matrix` the rows and columns of the matrices
+    in it whose sums of squares are taken when a gradient lands.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ParamSpec:
     numel: int
     trainable: bool
     state: tuple[StateEntry, ...] = ()
+    matrix: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,7 @@ class ChunkSpec:
     numel: int
     is_block: bool
     is_small: bool = False
+    state_plane: Plane = Plane.TORCH_STATE  # of STATE_BY_PARAM
 
     @property
     def trainable(self) -> bool:
@@ -78,7 +81,8 @@ class ChunkSpec:
         if not self.trainable:
             return (Plane.WEIGHT,)
         kept = any(param.state for param in self.params)
-        return tuple(p for p in fmt.state_planes if kept or p not in STATE_BY_PARAM)
+        by_param = (self.state_plane,) if kept else ()
+        return tuple(p for p in fmt.state_planes if p in by_param or p not in STATE_BY_PARAM)
 
     def with_torch_state(self, cls: type[torch.optim.Optimizer], options: Frozen) -> ChunkSpec:
         """The same chunk with room for what a torch optimizer keeps. Raises PolicyError where that
@@ -91,17 +95,29 @@ class ChunkSpec:
 
     def with_factors(self) -> ChunkSpec:
         """The same chunk with room for the factors of its second moments. See [Note: factors]."""
-        return self._with_state(lambda param, begin: factor_entries(param.shape, begin))
+        return self._with_state(lambda param, begin: factor_entries(param.shape, begin), matrix_of)
 
-    def _with_state(self, entries: Callable[[ParamSpec, int], tuple[StateEntry, ...]]) -> ChunkSpec:
+    def with_vectors(self) -> ChunkSpec:
+        """The same chunk with room for the moments of its vectors, as SCALE has them."""
+        return self._with_state(
+            lambda param, begin: vector_entries(param.shape, begin), flat_matrix
+        )
+
+    def _with_state(
+        self,
+        entries: Callable[[ParamSpec, int], tuple[StateEntry, ...]],
+        cut: Callable[[Sequence[int]], tuple[int, int]] | None = None,
+    ) -> ChunkSpec:
         if not self.trainable:
             return self
         params, begin = [], 0
         for param in self.params:
             state = entries(param, begin)
             begin = max((entry.offset + entry.num_items for entry in state), default=begin)
-            params.append(dataclasses.replace(param, state=state))
-        return dataclasses.replace(self, params=tuple(params))
+            matrix = cut(param.shape) if cut is not None else None
+            params.append(dataclasses.replace(param, state=state, matrix=matrix))
+        plane = Plane.TORCH_STATE if cut is None else Plane.FACTORS
+        return dataclasses.replace(self, params=tuple(params), state_plane=plane)
 
 
 def make_spec(

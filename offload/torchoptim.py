@@ -28,7 +28,7 @@ _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]]
 
 
 class Torch(TierOptimizer):
-    """An optimizer of torch.optim, or offload.SCALE, with its state in the tiers; needs
+    """An optimizer of torch.optim with its state in the tiers; needs
     `optimizer: {kind: torch, name: ...}` in the policy.
 
     Takes the class, the parameters and the class's own arguments. Its step() runs chunk by chunk on
@@ -132,6 +132,6 @@ def _check_class(cls: type[torch.optim.Optimizer]) -> None:
         raise StateError(f"offload.Torch: {name} cannot run here: {TORCH_REFUSED[name]}.")
     if name not in TORCH_NAMES or cls is not optimizer_class(name):
         raise StateError(
-            f"offload.Torch runs these classes of torch.optim: {', '.join(TORCH_NAMES)} "
-            f"(offload.SCALE). {name} is none of them."
+            f"offload.Torch runs these classes of torch.optim: {', '.join(TORCH_NAMES)}. "
+            f"{name} is none of them."
         )

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from offload.errors import PolicyError
-from offload.scale import SCALE
 
 ITEM_DTYPE = torch.float32
 _ENTRY_MULTIPLE = 16  # items; every tensor starts on a cache line
@@ -57,7 +56,7 @@ class StateEntry:
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The class of a name that the policy accepts."""
-    found: type[torch.optim.Optimizer] = SCALE if name == "SCALE" else getattr(torch.optim, name)
+    found: type[torch.optim.Optimizer] = getattr(torch.optim, name)
     return found
 
 
@@ -74,14 +73,9 @@ def defaults_of(
     unknown = sorted(set(options) - (set(known) - {"params", "args", "kwargs"}))
     if unknown:
         raise PolicyError(f"{what}: {cls.__name__} has no {', '.join(unknown)}.")
-    name = str(options.get("last") or "stand-in")  # SCALE looks for it
-    if cls is SCALE and "last" not in options:
-        name = str(known["last"].default)
     try:
         with plain_torch():
-            leaf = torch.zeros(1)
-            stand_in = [(name, leaf)] if cls is SCALE else [leaf]
-            defaults: dict[str, Any] = cls(stand_in, **options).defaults
+            defaults: dict[str, Any] = cls([torch.zeros(1)], **options).defaults
     except (TypeError, ValueError, RuntimeError) as error:
         raise PolicyError(f"{what}: {cls.__name__} refuses {dict(options)}: {error}") from error
     return defaults

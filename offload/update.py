@@ -17,8 +17,8 @@ from offload.slots import Region
 NUM_TILES = 12  # one computed, the others keep the drive busy both ways
 _OP = struct.Struct("<qqiiddddddQq")
 _FACTORS = struct.Struct("<QQ")
-RULE_ADAMW, RULE_SGD, RULE_LION, RULE_FACTORED = range(4)
-FLAG_MAXIMIZE, FLAG_NESTEROV = 1, 2
+RULE_ADAMW, RULE_SGD, RULE_LION, RULE_FACTORED, RULE_SCALED = range(5)
+FLAG_MAXIMIZE, FLAG_NESTEROV, FLAG_DIRECT = 1, 2, 4
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,19 +88,23 @@ class LionOp(Op):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FactoredOp(Op):
-    """Adafactor on whole matrices of num_rows x num_cols, with the factors of this step in fp32:
-    `rows` and `cols` of all matrices. See [Note: factored] in csrc/kernels.h.
+    """A step on whole matrices of num_rows x num_cols, with its factors in fp32: `rows` and `cols`
+    of all matrices. With beta1 Adafactor's; without SCALE's, and `is_direct` says that the factors
+    are the step. See [Note: factored] in csrc/kernels.h.
     """
 
-    beta1: float
+    beta1: float | None
     eps: float
+    is_direct: bool = False
     num_rows: int
     num_cols: int
     rows: bytes = b""
     cols: bytes = b""
 
     def pack(self) -> bytes:
-        record = self._pack(RULE_FACTORED, self.beta1, 0.0, self.eps)
+        rule = RULE_SCALED if self.beta1 is None else RULE_FACTORED
+        flags = FLAG_DIRECT if self.is_direct else 0
+        record = self._pack(rule, self.beta1 or 0.0, 0.0, self.eps, flags)
         return record + _FACTORS.pack(self.num_rows, self.num_cols) + self.rows + self.cols
 
 
@@ -181,7 +185,7 @@ def _ranges(ops: bytes) -> Iterator[tuple[int, int]]:
     while at < len(ops):
         begin, end, rule, *_ = _OP.unpack_from(ops, at)
         at += _OP.size
-        if rule == RULE_FACTORED:
+        if rule in (RULE_FACTORED, RULE_SCALED):
             num_rows, num_cols = _FACTORS.unpack_from(ops, at)
             num_factors = (end - begin) // num_rows + (end - begin) // num_cols
             at += _FACTORS.size + num_factors * 4

@@ -34,7 +34,10 @@ def _native(chunk: Chunk, step: FactoredStep) -> bytes:
     if chunk.gradient is None:
         raise StateError(f"chunk {chunk.name} has no gradient.")
     with plain_torch():
-        plane = chunk.pinned[Plane.FACTORS].tensor.view(ITEM_DTYPE)
+        region = chunk.pinned.get(Plane.FACTORS)  # of SCALE only where there are vectors
+        plane = (
+            torch.empty(0, dtype=ITEM_DTYPE) if region is None else region.tensor.view(ITEM_DTYPE)
+        )
         return step.pack(plane, chunk.gradient.factor_sums)
 
 

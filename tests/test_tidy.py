@@ -29,7 +29,7 @@ LAYERS = {
             "landing planes materialise export report pretrained progress commit meter windows",
             "hooks recovery runs checkpoint optimstate clipping",
             "blocks opening runstate restore offline optim inspection",
-            "partition torchoptim",
+            "partition torchoptim scaleoptim",
             "attach",
             "session",
             "__init__ data loss",

@@ -1,4 +1,4 @@
-"""What the plan and the policy say of torch optimizers, what they refuse, and SCALE in memory."""
+"""What the plan and the policy say of torch optimizers, and what they refuse."""
 
 import re
 import weakref
@@ -155,7 +155,6 @@ def test_bf16_would_be_exact(nvme_dir: Path) -> None:
         (Case("RMSprop", {"momentun": 0.9}), "RMSprop has no momentun"),
         (Case("RMSprop", {"momentum": -1.0}), "RMSprop refuses .*Invalid momentum"),
         (Case("AdamW", {"fused": True}), "fused has no place here"),
-        (Case("SCALE", {"last": "head"}), "no parameter of that name. Set last"),
     ],
 )
 def test_options_that_cannot_be_are_refused(case: Case, message: str, nvme_dir: Path) -> None:
@@ -211,59 +210,3 @@ def test_a_nan_gradient_stops_the_step_before_it_begins(nvme_dir: Path) -> None:
             optimizer.step()
         optimizer.zero_grad()
         assert before == {name: bits(t) for name, t in engine.state("lm_head.weight").items()}
-
-
-# SCALE
-
-
-def test_scale_follows_the_paper() -> None:
-    """Every output's weights get a step of norm lr; of an embedding every feature; the last layer's
-    direction is an average of gradients.
-    """
-    model = LLAMA.make_model()
-    optimizer = offload.SCALE(model.named_parameters(), lr=0.5, momentum=0.75)
-    mean = torch.zeros_like(model.lm_head.weight)
-    for step in range(3):
-        optimizer.zero_grad()
-        LLAMA.loss(model, LLAMA.make_batch(step, torch.float32)).backward()
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        optimizer.step()
-        moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
-        mean = 0.75 * mean + 0.25 * model.lm_head.weight.grad
-        want = -0.5 * mean / mean.norm(dim=1, keepdim=True)
-        torch.testing.assert_close(moved["lm_head.weight"], want, atol=1e-6, rtol=1e-4)
-        matrix = "model.layers.0.mlp.up_proj.weight"
-        grad = model.get_parameter(matrix).grad
-        want = -0.5 * grad / grad.norm(dim=1, keepdim=True)
-        torch.testing.assert_close(moved[matrix], want, atol=1e-6, rtol=1e-4)
-        norms = moved["model.embed_tokens.weight"].norm(dim=0)
-        torch.testing.assert_close(norms, torch.full_like(norms, 0.5))
-    assert len(optimizer.state[model.get_parameter(matrix)]) == 0
-
-
-def test_scale_steps_vectors_as_adamw_does() -> None:
-    hyper = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1}
-    vectors = [torch.linspace(-1, 1, 50).requires_grad_() for _ in range(2)]
-    ours = offload.SCALE([vectors[0]], last=None, **hyper)
-    theirs = torch.optim.AdamW([vectors[1]], **hyper)
-    for step in range(4):
-        for vector, optimizer in zip(vectors, (ours, theirs), strict=True):
-            vector.grad = torch.sin(torch.arange(50.0) * (step + 1))
-            optimizer.step()
-    torch.testing.assert_close(vectors[0], vectors[1])
-
-
-def test_scale_says_what_it_needs() -> None:
-    params = list(LLAMA.make_model().named_parameters())
-    with pytest.raises(ValueError, match=r"no parameter is named 'lm_head.weight'"):
-        offload.SCALE([p for _, p in params])
-    with pytest.raises(ValueError, match="no parameter is named 'other'"):
-        offload.SCALE(params, last="other")
-    with pytest.raises(ValueError, match="SCALE: momentum is 1"):
-        offload.SCALE(params, momentum=1.0)
-    rms, norm = (offload.SCALE([torch.ones(4, 9)], lr=0.5, last=None, rms=x) for x in (True, False))
-    for optimizer, step in ((rms, 0.5), (norm, 0.5 / 3)):
-        p = optimizer.param_groups[0]["params"][0]
-        p.grad = torch.full((4, 9), 7.0)
-        optimizer.step()
-        torch.testing.assert_close(p, torch.full((4, 9), 1 - step))

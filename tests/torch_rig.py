@@ -60,9 +60,8 @@ class Case:
 CENTERED = Case("RMSprop", {"momentum": 0.9, "centered": True})
 NADAM = Case("NAdam")
 ADAFACTOR = Case("Adafactor")
-SCALE = Case("SCALE", {"last": "lm_head.weight"})
 CASES = [
-    *(CENTERED, NADAM, ADAFACTOR, SCALE, Case("AdamW", {"amsgrad": True}), Case("Adamax")),
+    *(CENTERED, NADAM, ADAFACTOR, Case("AdamW", {"amsgrad": True}), Case("Adamax")),
     *(Case("RMSprop"), Case("Adagrad", {"initial_accumulator_value": 0.1})),
     Case("SGD", {"momentum": 0.9, "dampening": 0.1}),
 ]

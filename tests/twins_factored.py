@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 
 import numpy as np
-from twins import F32, F64, NUM_LANES, Op, fma
+from twins import F32, F64, NUM_LANES, Op, Planes, fma, load_grad, load_master, store_master
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,34 @@ class FactoredOp(Op):
             u = g / np.sqrt(np.maximum(square, f(self.eps * self.eps)))
             m = fma(f(1 - self.beta1), u - m, m)
             return fma(m, f(-self.lr), p * f(self.decay())), m, v
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledOp(Op):
+    """SCALE without momentum: squares of norms as rows x cols; `is_direct`: the step itself."""
+
+    eps: float = 1e-8
+    is_direct: bool = False
+    rows: F32  # (matrices, rows)
+    cols: F32  # (matrices, cols)
+
+    def rule(self) -> tuple[int, int, float, float, float]:
+        return 4, 4 * int(self.is_direct), 0.0, 0.0, self.eps
+
+    def pack(self) -> bytes:
+        shape = struct.pack("<QQ", self.rows.shape[1], self.cols.shape[1])
+        return super().pack() + shape + self.rows.tobytes() + self.cols.tobytes()
+
+    def apply_to(self, format: str, planes: Planes) -> None:
+        """The same on planes without moments, in place."""
+        part = {name: plane[self.begin : self.end] for name, plane in planes.items()}
+        f, p = np.float32, load_master(format, part)
+        with np.errstate(all="ignore"):
+            direction = (self.rows[:, :, None] * self.cols[:, None, :]).reshape(-1)
+            if not self.is_direct:
+                root = np.sqrt(np.maximum(direction, f(self.eps * self.eps)))
+                direction = self.grad(load_grad(format, part)) / root
+            store_master(format, part, fma(direction, f(-self.lr), p * f(self.decay())))
 
 
 def factor_sums(values: F32, num_rows: int, num_cols: int) -> tuple[F64, F64]:

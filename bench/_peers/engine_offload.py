@@ -15,18 +15,19 @@ import offload
 
 
 class OffloadTrainer:
-    """Trains with AdamW, or with the optimizer of torch `name`."""
+    """Trains with the native optimizer of the policy, or with the one of torch `name`."""
 
     def __init__(self, engine: Any, name: str | None = None) -> None:
         self._engine = engine
         params = list(engine.model.parameters())
         self.num_params = sum(param.numel() for param in params)
         hyper = {"lr": 1e-5, "weight_decay": 0.01}
-        if name is None:
-            self._optimizer: torch.optim.Optimizer = offload.AdamW(params, **hyper)
+        if name is not None:
+            cls = getattr(torch.optim, name)
+            self._optimizer: torch.optim.Optimizer = offload.Torch(cls, params, **hyper)
         else:
-            cls = offload.SCALE if name == "SCALE" else getattr(torch.optim, name)
-            self._optimizer = offload.Torch(cls, params, **hyper)
+            kinds = {"adamw": offload.AdamW, "adafactor": offload.Adafactor, "scale": offload.SCALE}
+            self._optimizer = kinds[engine.policy.optimizer.kind](params, **hyper)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         loss: torch.Tensor = self._engine.model(input_ids=tokens, labels=tokens).loss

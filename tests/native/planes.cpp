@@ -8,7 +8,8 @@ namespace offload::tests {
 
 namespace {
 
-constexpr double kBetas[][2] = {{0.9, 0.999}, {0.9, 0.0}, {0.9, 0.99}, {0.9, 0.0}};  // by RuleKind
+constexpr double kBetas[][2] = {
+    {0.9, 0.999}, {0.9, 0.0}, {0.9, 0.99}, {0.9, 0.0}, {0, 0}};  // by RuleKind
 
 bool is_float(StateFormat format, int plane) {
   const bool is_moment = plane == kExpAvg || plane == kExpAvgSq;

@@ -141,10 +141,11 @@ TEST(kernels_factored) {
         for (const StateFormat format : kFormats) {
           const uint64_t numel = num_matrices * shape.num_rows * shape.num_cols;
           Dice dice(numel);
+          const RuleKind kind = numel % 2 == 0 ? RuleKind::kFactored : RuleKind::kScaled;
           UpdateJob job;
           job.format = format;
           job.numel = numel;
-          job.ops.push_back({0, numel, make_step(dice, RuleKind::kFactored, 3), {}});
+          job.ops.push_back({0, numel, make_step(dice, kind, 3), {}});
           job.ops[0].rule.factored.shape = shape;
           job.ops[0].rule.factored.numel = numel;
           for (uint64_t i = 0; i < numel / shape.num_cols + numel / shape.num_rows; ++i) {
