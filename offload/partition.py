@@ -20,7 +20,7 @@ from offload.errors import PolicyError, StateError
 from offload.formats import is_supported_dtype, state_format
 from offload.plan import Plan, make_plan
 from offload.policy import OffloadPolicy, OptimizerPolicy
-from offload.scale import LAST, PlainScale
+from offload.scale import LAST, SCALE_OPTIONS, PlainScale
 from offload.torchstate import defaults_of, freeze, optimizer_class
 
 SMALL_NUMEL = (
@@ -72,10 +72,11 @@ def with_last_layer(specs: list[ChunkSpec], options: Mapping[str, object]) -> li
     """The same chunks with room for what SCALE keeps: a moment of the last layer, in a chunk that
     is stepped in torch, and of the others' vectors.
     """
-    unknown = sorted(set(options) - {"last"})
+    unknown = sorted(set(options) - set(SCALE_OPTIONS))
     if unknown:
         raise PolicyError(
-            f"optimizer.options: with kind scale there is only last, not {', '.join(unknown)}."
+            f"optimizer.options: SCALE has no {', '.join(unknown)}; it has "
+            f"{', '.join(SCALE_OPTIONS)}."
         )
     last = options.get("last", LAST)
     if last is not None and last not in {p.name for spec in specs for p in spec.params}:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+SCALE_OPTIONS = ("last", "momentum", "embedding", "rms")  # that a policy may have
 LAST = "lm_head.weight"  # what Hugging Face calls the last layer of a language model
 _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 NORM_MIN = 1e-8  # a column without a gradient stays as it is

@@ -323,7 +323,7 @@ def test_what_it_costs_is_in_the_plan(nvme_dir: Path) -> None:
 def test_other_layouts_and_bad_arguments_are_refused(nvme_dir: Path) -> None:
     for options, message in (
         ({"last": "head"}, "no parameter of that name. Set last"),
-        ({"momentum": 0.5}, "there is only last, not momentum"),
+        ({"momentun": 0.5}, "SCALE has no momentun; it has last, momentum"),
     ):
         policy = make_policy(nvme_dir, optimizer__kind="scale", optimizer__options=options)
         with pytest.raises(PolicyError, match=message):
