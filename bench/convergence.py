@@ -183,9 +183,8 @@ def render(
                 rows,
             ),
             "",
-            "Adafactor keeps two numbers more for a row and a column of a matrix, SCALE a momentum of "
-            "4 bytes",
-            "for every parameter of the last layer, here the tied embedding.",
+            "Adafactor keeps two numbers more for a row and a column of a matrix, SCALE a momentum",
+            "of 4 bytes for every parameter of the last layer, here the tied embedding.",
             "",
         ]
     )
