@@ -148,7 +148,7 @@ def render(
 ) -> str:
     num_params = MODELS[options.model].num_params()
     lines = [
-        "# How much slower are optimizers of torch than the native one",
+        "# What optimizers cost beside native AdamW",
         "",
         *[f"- {key}: {value}" for key, value in facts.items()],
         "",
