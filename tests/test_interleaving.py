@@ -43,6 +43,14 @@ POLICIES: dict[str, dict[str, Any]] = {
         "optimizer__update": "deferred", "optimizer__kind": "torch", "optimizer__name": "Adafactor",
         "format": "int8", "tiers__cpu__weight_slots": 1, "tiers__cpu__grad_slots": 1,
     },
+    "adafactor, one slot": {
+        "optimizer__update": "deferred", "optimizer__kind": "adafactor", "format": "bf16",
+        "tiers__cpu__weight_slots": 1, "tiers__cpu__grad_slots": 1,
+    },
+    "scale, int8": {
+        "optimizer__update": "deferred", "optimizer__kind": "scale", "format": "int8",
+        "optimizer__options": {"last": "out.weight"},
+    },
 }  # fmt: skip
 
 
@@ -107,11 +115,13 @@ class Walk:
         session = offload.offload(make_net(), self.policy, weights=weights)
         self.engine = self.stack.enter_context(session)
         object.__setattr__(session.plan, "cpu_budget_nbytes", 2**30)  # room for state dicts
-        params, name = self.engine.model.parameters(), self.policy["optimizer"].get("name")
-        if name is None:
-            self.optimizer: Any = offload.AdamW(params, lr=1e-2)
+        params, policy = self.engine.model.parameters(), session.policy.optimizer
+        if policy.kind == "torch":
+            cls = optimizer_class(str(policy.name))
+            self.optimizer: Any = offload.Torch(cls, params, lr=1e-2)
         else:
-            self.optimizer = offload.Torch(optimizer_class(name), params, lr=1e-2)
+            kinds = {"adamw": offload.AdamW, "adafactor": offload.Adafactor, "scale": offload.SCALE}
+            self.optimizer = kinds[policy.kind](params, lr=1e-2, **policy.options)
 
     def act(self, action: str) -> str:
         """Take one action; return what was seen."""
@@ -163,12 +173,12 @@ class Walk:
         return digest(self.engine.model.state_dict()) + repr(self.optimizer.state_dict())
 
     def _full_state(self) -> str:
-        if isinstance(self.optimizer, offload.Torch):
+        if self.optimizer.moments is None:
             return self._stream()
         return digest_state(self.optimizer.full_state_dict())
 
     def _stream(self) -> str:
-        if isinstance(self.optimizer, offload.Torch):  # it stays in the tiers
+        if self.optimizer.moments is None:  # it stays in the tiers
             return digest(planes_of(self.engine))
         rows = self.optimizer.stream_state()
         return digest({f"{name}.{key}": t for name, row in rows for key, t in row.items()})
@@ -279,9 +289,10 @@ def test_every_look_sees_the_update_of_the_step_before_it(look: str, tmp_path: P
         walk.stack.close()
 
 
-def test_a_torch_optimizers_updates_are_finished_too(tmp_path: Path) -> None:
-    actions = ["step", "two backwards", "eval", "step", "leave and resume", "clipped step"]
-    check([*actions, "checkpoint", "full state"], POLICIES["torch"], tmp_path)
+@pytest.mark.parametrize("policy", ["torch", "adafactor, one slot", "scale, int8"])
+def test_other_optimizers_updates_are_finished_too(policy: str, tmp_path: Path) -> None:
+    actions = ["step", "two backwards", "eval", "failed step", "leave and resume", "clipped step"]
+    check([*actions, "checkpoint", "full state"], POLICIES[policy], tmp_path)
 
 
 @settings(
