@@ -55,7 +55,7 @@ CASES = (
     Case("int8, AdamW", "int8", "adamw"),
     Case("exact, Lion", "exact", "lion", (1e-5, 3e-5, 1e-4)),
     Case("exact, Adafactor", "exact", "adafactor", (3e-5, 1e-4, 3e-4)),
-    Case("exact, SCALE", "exact", "scale", (3e-5, 1e-4, 3e-4)),
+    Case("exact, SCALE", "exact", "scale", (1e-5, 3e-5, 1e-4)),
 )
 
 
