@@ -48,7 +48,7 @@ from offload.runfiles import read_manifest
 from offload.swapfile import MANIFEST_NAME
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-STRIDE = 47  # operations; a run has between one and four hundred
+STRIDE = 89  # operations; a run has between one and four hundred
 CASES = list(zip(TRANSIENT + DELAYS, itertools.cycle(TORCH_MODES), strict=False))
 CASES += list(itertools.product(ERRORS, ("RMSprop", "Adafactor int8")))
 WRITE_LIES = LIES[1:]  # what they break is broken on the drive
