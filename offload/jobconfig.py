@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from offload.config import load_config
 from offload.data import DataSection
 from offload.errors import PolicyError
-from offload.policy import OffloadPolicy, Section, load_config
+from offload.policy import OffloadPolicy, Section
 from offload.sources import ModelSection
 
 

@@ -20,8 +20,8 @@ LAYERS = {
         [
             "errors tier timeline machine forks interrupts smart scale heap",
             "formats io slots stats openmp swapfile wear numa sizes torchstate",
-            "policy runfolder update factors",
-            "store factored calibrate spec moments",
+            "config runfolder update factors",
+            "policy store factored calibrate spec moments",
             "chunk schedule manifest transfer space",
             "plan inflight jobs runfiles torchstep",
             "residence updates routing homes stepreader",
@@ -328,7 +328,7 @@ def test_rule_catches(rule: Rule, text: str, num_problems: int) -> None:
     [
         ("errors", "import offload.policy", "layer 0"),
         ("policy", "def f():\n    from offload.engine import Engine", f"layer {LAYERS['engine']}"),
-        ("policy", "from offload import runfolder", "layer 2"),
+        ("config", "from offload import runfolder", "layer 2"),
         ("store", "from .chunk import Chunk", "layer 3"),
         ("store", "from . import chunk", "layer 3"),
         ("engine", "import offload", f"layer {LAYERS['__init__']}"),
