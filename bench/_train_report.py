@@ -90,8 +90,8 @@ own: one step dropped, {options.steps} timed.
 - `torch`: everything in memory (bf16 weights and gradients, fp32 master and moments, fused AdamW
   parameter by parameter), blocks recomputed in backward; `torch-keep`: nothing recomputed.
 - `offload`: this project, format `exact`, update `eager`, RAM budget {options.cpu_budget},
-  `pin: {options.pin}`; `offload-pinned`: budget {options.pinned_budget}, what fits stays in
-  RAM{changes}.
+  `pin: {options.pin}`; `offload-plain`: the same without packing; `offload-pinned`: budget
+  {options.pinned_budget}, what fits stays in RAM{changes}.
 - `deepspeed`: ZeRO-3, parameters and optimizer on NVMe, blocks recomputed, in the leanest
   configuration found that works (bench/_peers/engine_deepspeed.py); `deepspeed-hugepages`: the same
   with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, which puts its I/O buffers on huge pages."""

@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from loop_drives import LoopDrive, Unavailable, loop_drives, throttled
 
-from offload import io, store
+from offload import extents, io
 from offload.io import IoQueue
 from offload.slots import Slab
 
@@ -140,9 +140,9 @@ def lay_out(
     """Return the pieces of one plane, (drive, bytes) in plane order."""
     if layout == "stripes":
         stripe_nbytes = options.stripe_mib * MIB
-        return store.stripes(options.plane_nbytes, rates, ALIGN_NBYTES, stripe_nbytes)
+        return extents.stripes(options.plane_nbytes, rates, ALIGN_NBYTES, stripe_nbytes)
     weights = rates if layout == "shares" else [1] * len(rates)
-    return list(enumerate(store.shares(options.plane_nbytes, weights, ALIGN_NBYTES)))
+    return list(enumerate(extents.shares(options.plane_nbytes, weights, ALIGN_NBYTES)))
 
 
 def render(rows: dict[Case, list[float]], options: argparse.Namespace) -> str:

@@ -33,6 +33,7 @@ ENGINES = (
     "torch",
     "torch-keep",
     "offload",
+    "offload-plain",
     "offload-pinned",
     "deepspeed",
     "deepspeed-hugepages",
@@ -162,8 +163,9 @@ def make_job(engine: str, scratch: Path, options: argparse.Namespace) -> dict[st
         return job | {"num_bytes": PROBE_NBYTES}
     job |= {"model": options.model, "num_params": MODELS[options.model].num_params()}
     job |= {"seq": options.seq, "batch": options.batch, "steps": options.steps}
-    if engine == "offload":
-        job |= {"policy": make_policy(options.cpu_budget, options.pin), "overrides": options.set}
+    if engine in ("offload", "offload-plain"):
+        overrides = options.set + (["tiers.nvme.pack=false"] if engine == "offload-plain" else [])
+        job |= {"policy": make_policy(options.cpu_budget, options.pin), "overrides": overrides}
     if engine == "offload-pinned":
         job |= {"policy": make_policy(options.pinned_budget, "auto"), "overrides": options.set}
     return job

@@ -31,10 +31,11 @@ from _train_report import GB, spread, table
 from fio import FioPoint, fio_version, huge_pages, run_fio
 
 from offload import io
+from offload.extents import Extent, table_nbytes
 from offload.formats import NATIVE_PLANE_ORDER, Plane, state_format
 from offload.plan import CHECKSUM_NBYTES
 from offload.slots import Region, Slab
-from offload.store import ChunkStore, Extent, table_nbytes
+from offload.store import ChunkStore
 from offload.update import (
     NUM_TILES,
     AdamWOp,

@@ -11,6 +11,7 @@
 
 #include "crc32c.h"
 #include "io_queue.h"
+#include "pack.h"
 
 namespace offload {
 
@@ -53,10 +54,13 @@ bool check_range(const char* name, long long value, long long least, long long m
 }
 
 bool check_limits(Backend backend, int depth, Py_ssize_t block_nbytes, int num_threads,
-                  Py_ssize_t checksum_nbytes) {
+                  Py_ssize_t checksum_nbytes, Py_ssize_t pack_stride) {
   if (!check_range("depth", depth, 1, kDepthMax) ||
       !check_range("block_nbytes", block_nbytes, kPageNbytes, kBlockNbytesMax) ||
-      !check_range("checksum_nbytes", checksum_nbytes, 0, kChecksumNbytesMax)) {
+      !check_range("checksum_nbytes", checksum_nbytes, 0, kChecksumNbytesMax) ||
+      !check_range("pack_stride", pack_stride, 0, PY_SSIZE_T_MAX) ||
+      (pack_stride > 0 &&
+       !check_range("checksum_nbytes", checksum_nbytes, kPageNbytes, kPackBlockNbytesMax))) {
     return false;
   }
   if (block_nbytes % kPageNbytes != 0 || checksum_nbytes % kPageNbytes != 0) {
@@ -69,30 +73,32 @@ bool check_limits(Backend backend, int depth, Py_ssize_t block_nbytes, int num_t
 }
 
 PyObject* io_queue_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"backend",     "depth",           "block_nbytes",
-                                "num_threads", "checksum_nbytes", nullptr};
+  static const char* names[] = {"backend",         "depth",       "block_nbytes", "num_threads",
+                                "checksum_nbytes", "pack_stride", nullptr};
   const char* backend_name = nullptr;
   int depth = 0;
   Py_ssize_t block_nbytes = 0;
   int num_threads = 0;
   Py_ssize_t checksum_nbytes = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sini|n:IoQueue", const_cast<char**>(names),
+  Py_ssize_t pack_stride = 0;
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sini|nn:IoQueue", const_cast<char**>(names),
                                    &backend_name, &depth, &block_nbytes, &num_threads,
-                                   &checksum_nbytes)) {
+                                   &checksum_nbytes, &pack_stride)) {
     return nullptr;
   }
   Backend backend;
   if (!parse_backend(backend_name, &backend) ||
-      !check_limits(backend, depth, block_nbytes, num_threads, checksum_nbytes)) {
+      !check_limits(backend, depth, block_nbytes, num_threads, checksum_nbytes, pack_stride)) {
     return nullptr;
   }
   int error = 0;
   std::unique_ptr<IoQueue> queue;
   {
     GilRelease released;
-    queue = IoQueue::create(backend, static_cast<unsigned>(depth),
-                            static_cast<size_t>(block_nbytes), static_cast<unsigned>(num_threads),
-                            &error, static_cast<uint64_t>(checksum_nbytes));
+    queue =
+        IoQueue::create(backend, static_cast<unsigned>(depth), static_cast<size_t>(block_nbytes),
+                        static_cast<unsigned>(num_threads), &error,
+                        static_cast<uint64_t>(checksum_nbytes), static_cast<uint64_t>(pack_stride));
   }
   if (queue == nullptr) {
     errno = error;
@@ -158,40 +164,56 @@ bool check_checksums(const IoSegment& segment, uint64_t checksum_nbytes) {
   return true;
 }
 
-bool parse_segment(PyObject* object, uint64_t checksum_nbytes, IoSegment* segment) {
+// Whether a segment can be a run.
+bool check_run(const IoSegment& segment, uint64_t item_nbytes, uint64_t pack_stride) {
+  if (pack_stride > 0 && segment.checksums && (item_nbytes == 2 || item_nbytes == 4) &&
+      segment.nbytes % (item_nbytes * kPackGroupNumel) == 0 && segment.nbytes <= kBlockNbytesMax) {
+    return true;
+  }
+  PyErr_SetString(PyExc_ValueError,
+                  "a run needs a queue that packs, checksums, items of 2 or 4 bytes, and whole "
+                  "groups of 64 of them");
+  return false;
+}
+
+bool parse_segment(PyObject* object, const IoQueue& queue, IoSegment* segment) {
   PyRef fields(PySequence_Tuple(object));
   if (!fields) {
     return false;
   }
   const Py_ssize_t num_fields = PyTuple_Size(fields.get());
-  if (num_fields != 4 && num_fields != 5) {
-    PyErr_SetString(
-        PyExc_ValueError,
-        "a segment is (fd, offset, address, nbytes) or (fd, offset, address, nbytes, checksums)");
+  if (num_fields < 4 || num_fields > 6) {
+    PyErr_SetString(PyExc_ValueError,
+                    "a segment is (fd, offset, address, nbytes), and then may have checksums and, "
+                    "for a run, item_nbytes");
     return false;
   }
   uint64_t address = 0;
   uint64_t checksums = 0;
+  uint64_t item_nbytes = 0;
   if (!parse_int(PyTuple_GetItem(fields.get(), 0), &segment->fd) ||
       !parse_u64(PyTuple_GetItem(fields.get(), 1), &segment->offset) ||
       !parse_u64(PyTuple_GetItem(fields.get(), 2), &address) ||
       !parse_u64(PyTuple_GetItem(fields.get(), 3), &segment->nbytes) ||
-      (num_fields == 5 && !parse_u64(PyTuple_GetItem(fields.get(), 4), &checksums))) {
+      (num_fields >= 5 && !parse_u64(PyTuple_GetItem(fields.get(), 4), &checksums)) ||
+      (num_fields == 6 && !parse_u64(PyTuple_GetItem(fields.get(), 5), &item_nbytes))) {
     return false;
   }
   segment->address = reinterpret_cast<void*>(static_cast<uintptr_t>(address));
   segment->checksums = reinterpret_cast<uint32_t*>(static_cast<uintptr_t>(checksums));
-  return check_segment(*segment) && check_checksums(*segment, checksum_nbytes);
+  segment->item_nbytes = static_cast<unsigned>(item_nbytes);
+  return check_segment(*segment) && check_checksums(*segment, queue.checksum_nbytes()) &&
+         (item_nbytes == 0 || check_run(*segment, item_nbytes, queue.pack_stride()));
 }
 
-bool parse_segments(PyObject* object, uint64_t checksum_nbytes, std::vector<IoSegment>* segments) {
+bool parse_segments(PyObject* object, const IoQueue& queue, std::vector<IoSegment>* segments) {
   PyRef items(PySequence_Tuple(object));
   if (!items) {
     return false;
   }
   segments->resize(static_cast<size_t>(PyTuple_Size(items.get())));
   for (size_t i = 0; i < segments->size(); ++i) {
-    if (!parse_segment(PyTuple_GetItem(items.get(), static_cast<Py_ssize_t>(i)), checksum_nbytes,
+    if (!parse_segment(PyTuple_GetItem(items.get(), static_cast<Py_ssize_t>(i)), queue,
                        &(*segments)[i])) {
       return false;
     }
@@ -210,8 +232,7 @@ PyObject* io_queue_submit(PyObject* self, PyObject* args, PyObject* kwargs) {
   if (!check_not_forked(maker_of(self)) ||
       !PyArg_ParseTupleAndKeywords(args, kwargs, "iOiO:submit", const_cast<char**>(names), &op,
                                    &tag_object, &priority, &segments_object) ||
-      !parse_u64(tag_object, &tag) ||
-      !parse_segments(segments_object, queue_of(self).checksum_nbytes(), &segments)) {
+      !parse_u64(tag_object, &tag) || !parse_segments(segments_object, queue_of(self), &segments)) {
     return nullptr;
   }
   if (op != kOpRead && op != kOpWrite) {

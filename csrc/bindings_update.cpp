@@ -130,6 +130,9 @@ bool parse_config(PyObject* args, PyObject* kwargs, UpdateConfig* config, PyObje
       !check(config->checksum_nbytes <= kChecksumNbytesMax &&
                  config->checksum_nbytes % kPageNbytes == 0,
              "checksum_nbytes is out of range or not a multiple of 4096") ||
+      !check(config->queue->pack_stride() == 0 ||
+                 config->checksum_nbytes == config->queue->checksum_nbytes(),
+             "a queue that packs and its pipeline need the same checksum_nbytes") ||
       !check(address != 0 && address % kPageNbytes == 0,
              "buffer_address must be on a 4 KiB boundary") ||
       !check(nbytes >= update_buffer_nbytes(static_cast<unsigned>(num_tiles), config->tile_numel),
@@ -208,6 +211,22 @@ PyObject* pipeline_submit(PyObject* self, PyObject* args, PyObject* kwargs) {
   Py_RETURN_NONE;
 }
 
+// ((fd, bytes), ...)
+PyObject* tuple_of(const std::vector<std::pair<int, uint64_t>>& written) {
+  PyRef tuple(PyTuple_New(static_cast<Py_ssize_t>(written.size())));
+  if (!tuple) {
+    return nullptr;
+  }
+  for (size_t i = 0; i < written.size(); ++i) {
+    PyObject* item =
+        Py_BuildValue("(iK)", written[i].first, static_cast<unsigned long long>(written[i].second));
+    if (!item || PyTuple_SetItem(tuple.get(), static_cast<Py_ssize_t>(i), item) < 0) {
+      return nullptr;
+    }
+  }
+  return tuple.release();
+}
+
 PyObject* list_of(const Completions& completions) {
   PyRef list(PyList_New(static_cast<Py_ssize_t>(completions.size())));
   if (!list) {
@@ -216,10 +235,11 @@ PyObject* list_of(const Completions& completions) {
   for (size_t i = 0; i < completions.size(); ++i) {
     const UpdateCompletion& one = completions[i];
     PyObject* item = Py_BuildValue(
-        "(KLiKKKdd)", static_cast<unsigned long long>(one.tag), static_cast<long long>(one.result),
+        "(KLiKKKddN)", static_cast<unsigned long long>(one.tag), static_cast<long long>(one.result),
         one.fd, static_cast<unsigned long long>(one.offset),
         static_cast<unsigned long long>(one.read_bytes),
-        static_cast<unsigned long long>(one.write_bytes), one.seconds, one.kernel_seconds);
+        static_cast<unsigned long long>(one.write_bytes), one.seconds, one.kernel_seconds,
+        tuple_of(one.written));  // null makes the call fail, with its error
     if (!item || PyList_SetItem(list.get(), static_cast<Py_ssize_t>(i), item) < 0) {
       return nullptr;
     }
@@ -297,5 +317,8 @@ int offload_add_update(PyObject* module) {
   if (!type || PyModule_AddObjectRef(module, "UpdatePipeline", type.get()) < 0) {
     return -1;
   }
-  return offload::add_crc32c(module) < 0 ? -1 : offload::add_kernels(module);
+  if (offload::add_crc32c(module) < 0 || offload::add_pack(module) < 0) {
+    return -1;
+  }
+  return offload::add_kernels(module);
 }

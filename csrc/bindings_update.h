@@ -39,8 +39,10 @@ bool parse_format(int value, StateFormat* format);
 // bytes of packed records (see OpRecord) to ops; false with an error set.
 bool parse_ops(PyObject* object, std::vector<UpdateOp>* ops);
 
-// Add the functions of the kernels and of the checksums; -1 with a Python error set on failure.
+// Add the functions of the kernels, of the checksums and of packing; -1 with a Python error set on
+// failure.
 int add_kernels(PyObject* module);
 int add_crc32c(PyObject* module);
+int add_pack(PyObject* module);
 
 }  // namespace offload

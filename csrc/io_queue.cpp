@@ -13,6 +13,7 @@
 #include "crc32c.h"
 #include "fault_ops.h"
 #include "file_ops.h"
+#include "pack.h"
 
 namespace offload {
 
@@ -56,12 +57,13 @@ struct IoQueue::Transfer {
 };
 
 std::unique_ptr<IoQueue> IoQueue::create(Backend backend, unsigned depth, size_t block_nbytes,
-                                         unsigned num_threads, int* error,
-                                         uint64_t checksum_nbytes) {
+                                         unsigned num_threads, int* error, uint64_t checksum_nbytes,
+                                         uint64_t pack_stride) {
   CHECK(depth >= 1 && depth <= kDepthMax);
   CHECK(block_nbytes >= kPageNbytes && block_nbytes <= kBlockNbytesMax);
   CHECK(block_nbytes % kPageNbytes == 0);
   CHECK(checksum_nbytes % kPageNbytes == 0 && checksum_nbytes <= kChecksumNbytesMax);
+  CHECK(pack_stride == 0 || (checksum_nbytes > 0 && checksum_nbytes <= kPackBlockNbytesMax));
   CHECK(backend == Backend::kUring || (num_threads >= 1 && num_threads <= kThreadsMax));
   const bool has_faults = backend == Backend::kFaults;
   FileOps& files = has_faults ? fault_file_ops() : plain_file_ops();
@@ -72,6 +74,7 @@ std::unique_ptr<IoQueue> IoQueue::create(Backend backend, unsigned depth, size_t
                                 has_faults ? "faults" : "threads", error);
   if (queue) {
     queue->checksum_nbytes_ = checksum_nbytes;
+    queue->pack_stride_ = pack_stride;
   }
   return queue;
 }
@@ -94,6 +97,8 @@ bool IoQueue::submit(int op, uint64_t tag, int priority, const IoSegment* segmen
                [](const IoSegment& segment) { return segment.nbytes > 0; });
   for (const IoSegment& segment : transfer.unstarted) {
     CHECK(!segment.checksums || checksum_nbytes_ > 0);
+    CHECK(segment.item_nbytes == 0 ||
+          (segment.checksums && pack_stride_ > 0 && segment.nbytes <= kBlockNbytesMax));
   }
   std::lock_guard<std::mutex> lock(mutex_);
   if (closing_) {
@@ -191,15 +196,23 @@ IoQueue::Block IoQueue::cut_block(Transfer* transfer) const {
   block.offset = segment.offset;
   block.address = static_cast<char*>(segment.address);
   block.checksums = segment.checksums;
-  if (segment.checksums) {
-    block.nbytes = checked_cut(segment.nbytes, block_nbytes_, checksum_nbytes_);
+  uint64_t cut_nbytes = 0;
+  if (segment.item_nbytes > 0) {
+    cut_nbytes = segment.nbytes;
+    block.item_nbytes = segment.item_nbytes;
+    block.plain_nbytes = segment.nbytes;
+    block.nbytes = block.op == kOpWrite ? segment.nbytes
+                                        : stored_nbytes(segment.checksums + pack_stride_,
+                                                        segment.nbytes, checksum_nbytes_);
+  } else if (segment.checksums) {
+    block.nbytes = cut_nbytes = checked_cut(segment.nbytes, block_nbytes_, checksum_nbytes_);
     segment.checksums += num_checksums(block.nbytes, checksum_nbytes_);
   } else {
-    block.nbytes = first_cut(segment.offset, segment.nbytes, block_nbytes_);
+    block.nbytes = cut_nbytes = first_cut(segment.offset, segment.nbytes, block_nbytes_);
   }
-  segment.offset += block.nbytes;
-  segment.address = block.address + block.nbytes;
-  segment.nbytes -= block.nbytes;
+  segment.offset += cut_nbytes;
+  segment.address = block.address + cut_nbytes;
+  segment.nbytes -= cut_nbytes;
   if (segment.nbytes == 0) {
     transfer->unstarted.pop_back();
   }
@@ -211,23 +224,39 @@ bool IoQueue::seal_block(const Block& block) {
     return false;
   }
   crc32c_blocks(block.address, block.nbytes, checksum_nbytes_, block.checksums);
+  if (block.item_nbytes > 0) {
+    set_plain(block.checksums + pack_stride_, block.nbytes, checksum_nbytes_);
+  }
   return true;
 }
 
-// Whether the block is now read whole and is not what its checksums say; then *block is moved to
-// the first checksum block that is wrong.
+// Whether the block is now read whole, and unpacked, and is not what its checksums say; then *block
+// is moved to the first checksum block that is wrong.
 bool IoQueue::is_corrupt(Block* block, int64_t result) const {
   if (block->op != kOpRead || !block->checksums || result != static_cast<int64_t>(block->nbytes)) {
     return false;
   }
-  const uint64_t nbytes = block->num_moved + block->nbytes;
-  const uint64_t wrong = first_wrong_block(block->address - block->num_moved, nbytes,
-                                           checksum_nbytes_, block->checksums);
-  if (wrong == nbytes) {
+  const uint64_t wrong = first_wrong(*block);
+  if (wrong == UINT64_MAX) {
     return false;
   }
   block->offset = block->offset - block->num_moved + wrong;
   return true;
+}
+
+// Where in the block's plain bytes the first wrong checksum block begins; UINT64_MAX if none does.
+uint64_t IoQueue::first_wrong(const Block& block) const {
+  char* const memory = block.address - block.num_moved;
+  uint64_t nbytes = block.num_moved + block.nbytes;
+  if (block.item_nbytes > 0) {
+    nbytes = block.plain_nbytes;
+    if (!unpack_run(block.item_nbytes, memory, nbytes, checksum_nbytes_,
+                    block.checksums + pack_stride_)) {
+      return 0;
+    }
+  }
+  const uint64_t wrong = first_wrong_block(memory, nbytes, checksum_nbytes_, block.checksums);
+  return wrong == nbytes ? UINT64_MAX : wrong;
 }
 
 // 0 for progress, else an errno.

@@ -40,13 +40,15 @@ constexpr size_t kBlockNbytesMax = size_t{1} << 30;  // one system call moves le
 
 // The memory belongs to the caller and must stay valid until the transfer completes. `checksums`
 // is the entry of the block at `offset` (see [Note: checksum blocks]), null to move the bytes as
-// they are.
+// they are. With item_nbytes the segment is a run of floats that may be packed on the drive (see
+// [Note: packed runs] in pack.h).
 struct IoSegment {
   int fd;
   uint64_t offset;
   void* address;
   uint64_t nbytes;
   uint32_t* checksums = nullptr;
+  unsigned item_nbytes = 0;
 };
 
 struct IoCompletion {
@@ -77,10 +79,11 @@ class IoQueue {
  public:
   // Returns null and sets *error to an errno when the backend cannot start. block_nbytes must be
   // a multiple of 4096. num_threads is not used by kUring. checksum_nbytes is a multiple of 4096,
-  // or 0 where no segment has checksums.
+  // or 0 where no segment has checksums. pack_stride is how many entries behind a block's checksum
+  // its packed length is, or 0 where nothing is packed.
   static std::unique_ptr<IoQueue> create(Backend backend, unsigned depth, size_t block_nbytes,
                                          unsigned num_threads, int* error,
-                                         uint64_t checksum_nbytes = 0);
+                                         uint64_t checksum_nbytes = 0, uint64_t pack_stride = 0);
   virtual ~IoQueue();  // a backend's destructor calls close()
   IoQueue(const IoQueue&) = delete;
   IoQueue& operator=(const IoQueue&) = delete;
@@ -89,7 +92,8 @@ class IoQueue {
   // first, equal ones in order. False, and nothing queued, when the queue is closed. A segment with
   // checksums begins where a checksum block does, and ends there or at the end of its piece: a
   // write stores the checksums before the bytes leave, a read whose bytes have others fails with
-  // EBADMSG and the offset of the first such block that was noticed.
+  // EBADMSG and the offset of the first such block that was noticed. A run moves as one block: a
+  // read unpacks it in place, a write keeps it plain.
   // It completes in `mailbox`, which must live until then; null stands for the queue's own.
   // All functions here may be called from any thread.
   bool submit(int op, uint64_t tag, int priority, const IoSegment* segments, size_t num_segments,
@@ -109,6 +113,7 @@ class IoQueue {
   IoStats stats() const;
   bool is_closed() const;
   uint64_t checksum_nbytes() const { return checksum_nbytes_; }
+  uint64_t pack_stride() const { return pack_stride_; }
   virtual const char* backend_name() const = 0;
 
   // Finishes everything submitted, because the callers' buffers are in use until then; joins the
@@ -129,6 +134,8 @@ class IoQueue {
     unsigned num_retries = 0;       // since the last progress
     uint64_t num_moved = 0;         // bytes before `address` that are done
     uint32_t* checksums = nullptr;  // of all its bytes, also the moved ones
+    unsigned item_nbytes = 0;       // of a run
+    uint64_t plain_nbytes = 0;      // of a run
   };
   // What a backend does with a block after it reported the result.
   enum class Next { kDone, kIssueAgain, kIssueAgainLater };
@@ -160,6 +167,7 @@ class IoQueue {
   static int error_of(const Block& block, int64_t result);
   Block cut_block(Transfer* transfer) const;
   bool is_corrupt(Block* block, int64_t result) const;
+  uint64_t first_wrong(const Block& block) const;
   void record_progress(Block* block, uint64_t nbytes);
   void fail(Transfer* transfer, const Block& block, int error);
   void drop_unstarted(Transfer* transfer);
@@ -169,6 +177,7 @@ class IoQueue {
 
   const size_t block_nbytes_;
   uint64_t checksum_nbytes_ = 0;  // set before the first submit
+  uint64_t pack_stride_ = 0;      // likewise
   std::mutex close_mutex_;
   // All below guarded by mutex_.
   std::list<Transfer> transfers_;

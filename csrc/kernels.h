@@ -88,6 +88,14 @@ constexpr uint64_t plane_nbytes(StateFormat format, int plane, uint64_t numel) {
   return (numel + layout.group_numel - 1) / layout.group_numel * layout.item_nbytes;
 }
 
+// Bytes of an item of a plane of floats that may be packed on a drive (see pack.h), else 0:
+// residues and moments in 8 bits are noise.
+constexpr unsigned packed_item_nbytes(StateFormat format, int plane) {
+  const unsigned item_nbytes = plane_layout(format, plane).item_nbytes;
+  const bool is_float = plane == kWeight || plane == kExpAvg || plane == kExpAvgSq;
+  return is_float && item_nbytes >= 2 ? item_nbytes : 0;
+}
+
 // Chunks and tiles are multiples of this many elements, so every tile of every plane begins on a 4
 // KiB boundary, as direct I/O wants it. A scale takes 2 bytes for 32 elements.
 constexpr uint64_t kTileAlignNumel = 4096;

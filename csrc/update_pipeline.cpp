@@ -7,11 +7,22 @@
 
 #include "check.h"
 #include "crc32c.h"
+#include "pack.h"
 
 namespace offload {
 namespace {
 
 constexpr double kWaitSecondsMax = 86400.0 * 365;
+
+void add_written(std::vector<std::pair<int, uint64_t>>& totals, int fd, uint64_t nbytes) {
+  const auto found = std::find_if(totals.begin(), totals.end(),
+                                  [fd](const auto& total) { return total.first == fd; });
+  if (found == totals.end()) {
+    totals.emplace_back(fd, nbytes);
+  } else {
+    found->second += nbytes;
+  }
+}
 
 }  // namespace
 
@@ -182,6 +193,12 @@ char* UpdatePipeline::tile_memory(const Tile& tile, int plane, uint64_t element)
   if (job.planes[plane].address) {
     return job.planes[plane].address + plane_nbytes(job.format, plane, element);
   }
+  return tile_buffer(tile, plane, element);
+}
+
+// Its place in the tile's buffer, whether it passes through there or not.
+char* UpdatePipeline::tile_buffer(const Tile& tile, int plane, uint64_t element) const {
+  const UpdateJob& job = tile.running->job;
   uint64_t offset = plane_nbytes(job.format, plane, element - tile.begin);
   for (int i = 0; i < plane; ++i) {
     offset += plane_nbytes(job.format, i, config_.tile_numel);
@@ -189,23 +206,55 @@ char* UpdatePipeline::tile_memory(const Tile& tile, int plane, uint64_t element)
   return tile.buffer + offset;
 }
 
+// Where a tile's part of a plane is read to, or written from: packed weights of a slot leave from
+// the tile's buffer.
+char* UpdatePipeline::stored_memory(const Tile& tile, int op, int plane) const {
+  const UpdateJob& job = tile.running->job;
+  const bool is_packed = queue_.pack_stride() > 0 && packed_item_nbytes(job.format, plane) > 0 &&
+                         has_checksums(job.planes[plane].write);
+  return op == kOpWrite && is_packed ? tile_buffer(tile, plane, tile.begin)
+                                     : tile_memory(tile, plane, tile.begin);
+}
+
+// Appends to segments_ what of a plane's elements [begin, end) is in which pieces, with their
+// checksums and, for runs, the size of their items.
+void UpdatePipeline::cut(const Tile& tile, int op, int plane, uint64_t begin, uint64_t end,
+                         char* memory) {
+  const UpdateJob& job = tile.running->job;
+  const UpdatePlane& source = job.planes[plane];
+  const size_t first = segments_.size();
+  cut_segments(op == kOpRead ? source.read : source.write, plane_nbytes(job.format, plane, begin),
+               plane_nbytes(job.format, plane, end), memory, config_.checksum_nbytes, segments_);
+  for (size_t i = first; i < segments_.size(); ++i) {
+    if (segments_[i].checksums && queue_.pack_stride() > 0) {
+      segments_[i].item_nbytes = packed_item_nbytes(job.format, plane);
+    }
+  }
+}
+
 // Starts the read or the write of a tile, as its phase says; with nothing to move it is over at
-// once.
+// once. The queue moves the bytes as they are stored: checksums and packing are done here.
 void UpdatePipeline::start_transfer(Tile& tile, int op) {
   const UpdateJob& job = tile.running->job;
   segments_.clear();
   for (int i = 0; i < kNumPlanes; ++i) {
-    const UpdatePlane& plane = job.planes[i];
-    if (op == kOpRead ? is_read(tile, i) : plane.has_write) {
-      const uint64_t from = plane_nbytes(job.format, i, tile.begin);
-      const uint64_t to = plane_nbytes(job.format, i, tile.end);
-      cut_segments(op == kOpRead ? plane.read : plane.write, from, to,
-                   tile_memory(tile, i, tile.begin), 0, segments_);
+    if (op == kOpRead ? is_read(tile, i) : job.planes[i].has_write) {
+      cut(tile, op, i, tile.begin, tile.end, stored_memory(tile, op, i));
     }
   }
   tile.nbytes = 0;
-  for (const IoSegment& segment : segments_) {
+  tile.written.clear();
+  for (IoSegment& segment : segments_) {
+    if (segment.item_nbytes > 0) {
+      segment.nbytes = stored_nbytes(segment.checksums + queue_.pack_stride(), segment.nbytes,
+                                     config_.checksum_nbytes);
+      segment.item_nbytes = 0;
+    }
+    segment.checksums = nullptr;
     tile.nbytes += segment.nbytes;
+    if (op == kOpWrite) {
+      tile.written.emplace_back(segment.fd, segment.nbytes);
+    }
   }
   const uint64_t tag = static_cast<uint64_t>(&tile - tiles_.data());
   if (tile.nbytes == 0) {
@@ -232,13 +281,19 @@ void UpdatePipeline::compute(Tile& tile) {
   const uint64_t stretch = hot_numel(running.job, config_.checksum_nbytes);
   const Clock::time_point begin = Clock::now();
   seals_.clear();
+  if (!unpack(tile)) {
+    return;
+  }
   for (uint64_t at = tile.begin; at < tile.end; at += stretch) {
     if (!compute_stretch(tile, at, std::min(at + stretch, tile.end))) {
       return;  // the job has failed and the tile is free
     }
   }
+  if (tile.is_written) {
+    pack(tile);
+  }
   for (const Seal& seal : seals_) {
-    *seal.entry = seal.checksum;
+    *seal.entry = seal.value;
   }
   const std::chrono::duration<double> elapsed = Clock::now() - begin;
   running.completion.kernel_seconds += elapsed.count();
@@ -267,13 +322,10 @@ bool UpdatePipeline::compute_stretch(const Tile& tile, uint64_t begin, uint64_t 
 }
 
 bool UpdatePipeline::verify(const Tile& tile, uint64_t begin, uint64_t end) {
-  const UpdateJob& job = tile.running->job;
   segments_.clear();
   for (int i = 0; i < kNumPlanes; ++i) {
     if (is_read(tile, i)) {
-      cut_segments(job.planes[i].read, plane_nbytes(job.format, i, begin),
-                   plane_nbytes(job.format, i, end), tile_memory(tile, i, begin),
-                   config_.checksum_nbytes, segments_);
+      cut(tile, kOpRead, i, begin, end, tile_memory(tile, i, begin));
     }
   }
   for (const IoSegment& segment : segments_) {
@@ -295,9 +347,7 @@ void UpdatePipeline::seal(const Tile& tile, uint64_t begin, uint64_t end) {
   segments_.clear();
   for (int i = 0; i < kNumPlanes; ++i) {
     if (job.planes[i].has_write) {
-      cut_segments(job.planes[i].write, plane_nbytes(job.format, i, begin),
-                   plane_nbytes(job.format, i, end), tile_memory(tile, i, begin),
-                   config_.checksum_nbytes, segments_);
+      cut(tile, kOpWrite, i, begin, end, tile_memory(tile, i, begin));
     }
   }
   for (const IoSegment& segment : segments_) {
@@ -307,6 +357,57 @@ void UpdatePipeline::seal(const Tile& tile, uint64_t begin, uint64_t end) {
       for (uint64_t at = 0; at < segment.nbytes; at += config_.checksum_nbytes) {
         const uint64_t nbytes = std::min(config_.checksum_nbytes, segment.nbytes - at);
         seals_.push_back({entry++, crc32c(bytes + at, nbytes)});
+      }
+    }
+  }
+}
+
+// Unpacks the runs that a tile has read; false if some are not what was packed.
+bool UpdatePipeline::unpack(const Tile& tile) {
+  if (queue_.pack_stride() == 0) {
+    return true;
+  }
+  segments_.clear();
+  for (int i = 0; i < kNumPlanes; ++i) {
+    if (is_read(tile, i)) {
+      cut(tile, kOpRead, i, tile.begin, tile.end, tile_memory(tile, i, tile.begin));
+    }
+  }
+  for (const IoSegment& segment : segments_) {
+    if (segment.item_nbytes > 0 &&
+        !unpack_run(segment.item_nbytes, static_cast<char*>(segment.address), segment.nbytes,
+                    config_.checksum_nbytes, segment.checksums + queue_.pack_stride())) {
+      fail(*tile.running, {0, -EBADMSG, segment.fd, segment.offset, 0.0});
+      return false;
+    }
+  }
+  return true;
+}
+
+// Packs the runs that a tile will write.
+void UpdatePipeline::pack(const Tile& tile) {
+  if (queue_.pack_stride() == 0) {
+    return;
+  }
+  for (int i = 0; i < kNumPlanes; ++i) {
+    if (!tile.running->job.planes[i].has_write) {
+      continue;
+    }
+    char* const plain = tile_memory(tile, i, tile.begin);
+    char* const stored = stored_memory(tile, kOpWrite, i);
+    segments_.clear();
+    cut(tile, kOpWrite, i, tile.begin, tile.end, plain);
+    for (const IoSegment& segment : segments_) {
+      if (segment.item_nbytes == 0) {
+        continue;
+      }
+      char* const memory = static_cast<char*>(segment.address);
+      lengths_.resize(num_checksums(segment.nbytes, config_.checksum_nbytes));
+      pack_run(segment.item_nbytes, memory, segment.nbytes, config_.checksum_nbytes,
+               stored + (memory - plain), lengths_.data());
+      uint32_t* entry = segment.checksums + queue_.pack_stride();
+      for (const uint32_t length : lengths_) {
+        seals_.push_back({entry++, length});
       }
     }
   }
@@ -337,6 +438,9 @@ void UpdatePipeline::finish_transfer(const IoCompletion& completion) {
   } else {
     CHECK(static_cast<uint64_t>(completion.result) == tile.nbytes);
     (was_read ? running.completion.read_bytes : running.completion.write_bytes) += tile.nbytes;
+    for (const auto& [fd, nbytes] : tile.written) {
+      add_written(running.completion.written, fd, nbytes);
+    }
   }
   const bool has_work = tile.is_written || (config_.checksum_nbytes > 0 && tile.nbytes > 0);
   if (was_read && has_work && !running.has_failed()) {

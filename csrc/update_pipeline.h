@@ -23,6 +23,9 @@
 // EBADMSG and that block's offset, and nothing of the tile is written. The new checksums go into
 // the table just before the tile's write starts, so the table never runs ahead of the files by more
 // than the writes in flight.
+//
+// Where the queue packs, runs (see [Note: packed runs]) are unpacked in place when a tile begins to
+// be computed, and packed when it is done: in place too, or from a slot into the tile's buffer.
 #pragma once
 
 #include <chrono>
@@ -32,6 +35,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "io_queue.h"
@@ -52,6 +56,7 @@ struct UpdateCompletion {
   uint64_t write_bytes;
   double seconds;  // from submit to completion
   double kernel_seconds;
+  std::vector<std::pair<int, uint64_t>> written;  // of write_bytes, by fd
 };
 
 struct UpdateConfig {
@@ -113,8 +118,9 @@ class UpdatePipeline {
     Running* running = nullptr;
     uint64_t begin = 0;  // elements
     uint64_t end = 0;
-    uint64_t sequence = 0;    // in the order of starting
-    uint64_t nbytes = 0;      // of the transfer in flight
+    uint64_t sequence = 0;                          // in the order of starting
+    uint64_t nbytes = 0;                            // of the transfer in flight
+    std::vector<std::pair<int, uint64_t>> written;  // by the write in flight: fd, bytes
     bool is_written = false;  // else it is free again once its weights have been read
     char* buffer = nullptr;
   };
@@ -122,7 +128,7 @@ class UpdatePipeline {
   // A table's entry, and what it will be.
   struct Seal {
     uint32_t* entry;
-    uint32_t checksum;
+    uint32_t value;
   };
 
   explicit UpdatePipeline(const UpdateConfig& config);
@@ -135,12 +141,17 @@ class UpdatePipeline {
   void start_tile(Tile& tile, Running& running);
   bool is_read(const Tile& tile, int plane) const;
   char* tile_memory(const Tile& tile, int plane, uint64_t element) const;
+  char* stored_memory(const Tile& tile, int op, int plane) const;
+  char* tile_buffer(const Tile& tile, int plane, uint64_t element) const;
+  void cut(const Tile& tile, int op, int plane, uint64_t begin, uint64_t end, char* memory);
   void start_transfer(Tile& tile, int op);
   Tile* oldest_ready();
   void compute(Tile& tile);
   bool compute_stretch(const Tile& tile, uint64_t begin, uint64_t end);
   bool verify(const Tile& tile, uint64_t begin, uint64_t end);
   void seal(const Tile& tile, uint64_t begin, uint64_t end);
+  bool unpack(const Tile& tile);
+  void pack(const Tile& tile);
   bool has_tiles_in_flight() const;
   void reap(double timeout_s);
   void finish_transfer(const IoCompletion& completion);
@@ -158,6 +169,7 @@ class UpdatePipeline {
   uint64_t next_sequence_ = 0;
   std::vector<IoSegment> segments_;           // scratch
   std::vector<Seal> seals_;                   // of the tile that is computed
+  std::vector<uint32_t> lengths_;             // scratch
   std::vector<IoCompletion> io_completions_;  // scratch
 
   mutable std::mutex mutex_;

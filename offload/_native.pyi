@@ -28,6 +28,9 @@ class IoQueue:
     Checksums are for blocks of `checksum_nbytes` (a multiple of 4096 up to 2**30), counted from the
     start of a piece, which is what lies together in one file; its last one may be shorter. A
     transfer's blocks are then whole checksum blocks, even one that is larger than `block_nbytes`.
+
+    With `pack_stride` runs can be packed (see csrc/pack.h): so many entries behind the checksum of
+    a block, which is of at most 65536 bytes then, is the length of the block as it is packed.
     """
 
     def __new__(
@@ -37,6 +40,7 @@ class IoQueue:
         block_nbytes: int,
         num_threads: int,
         checksum_nbytes: int = 0,
+        pack_stride: int = 0,
     ) -> IoQueue: ...
     def backend(self) -> str:
         """Return "uring", "threads", or in tests "faults"."""
@@ -46,7 +50,11 @@ class IoQueue:
         op: int,
         tag: int,
         priority: int,
-        segments: Sequence[tuple[int, int, int, int] | tuple[int, int, int, int, int]],
+        segments: Sequence[
+            tuple[int, int, int, int]
+            | tuple[int, int, int, int, int]
+            | tuple[int, int, int, int, int, int]
+        ],
     ) -> None:
         """Queue one transfer of all segments (fd, offset, address, nbytes); never blocks.
 
@@ -56,6 +64,9 @@ class IoQueue:
         and fails with EBADMSG and the offset of a checksum block whose bytes have another. The
         table belongs to the caller: it must outlive the transfer, and no two transfers in flight
         may have an entry in common.
+
+        A sixth field is the size of an item (2 or 4) where the segment is a run, which moves as one
+        block: a read takes its packed bytes and unpacks them in place, a write keeps them plain.
 
         Lower priority values run first, equal ones in order of submission. `tag` is any value of
         0 to 2**64 - 1 and comes back with the completion. Raises RuntimeError after close().
@@ -115,6 +126,10 @@ def fault_counts() -> dict[str, int]:
 _Extents: TypeAlias = Sequence[tuple[int, int, int] | tuple[int, int, int, int]] | None
 _Plane: TypeAlias = tuple[int, _Extents, _Extents] | None
 
+UpdateRow = tuple[
+    int, int, int, int, int, int, float, float, tuple[tuple[int, int], ...]
+]  # the last: bytes written by fd
+
 @final
 class UpdatePipeline:
     """Native worker that runs optimizer updates tile by tile: read, kernel, write.
@@ -163,16 +178,16 @@ class UpdatePipeline:
         segments are another version and get every tile.
         """
 
-    def poll(self) -> list[tuple[int, int, int, int, int, int, float, float]]:
-        """Take the completions that are there, as rows of (tag, result, fd, offset, read_bytes,
-        write_bytes, seconds, kernel_seconds); result is 0, or -errno with the fd and offset.
+    def poll(self) -> list[UpdateRow]:
+        """Take the completions that are there: (tag, result, fd, offset, read_bytes,
+        write_bytes, seconds, kernel_seconds, written); result is 0 or -errno with fd and offset.
 
         -EBADMSG has the offset of a checksum block that is not what was written. Nothing of its
         tile was written, no entry of the tile's checksums has changed, and nothing was computed
         from the block; other tiles may have been written. kernel_seconds has the checksums' time.
         """
 
-    def wait(self, timeout_s: float) -> list[tuple[int, int, int, int, int, int, float, float]]:
+    def wait(self, timeout_s: float) -> list[UpdateRow]:
         """Like poll(), but sleep until there is a completion; [] on timeout or when closed."""
 
     def close(self) -> None:
@@ -189,6 +204,38 @@ def crc32c_blocks(address: int, nbytes: int, block_nbytes: int, out_address: int
 
 def crc32c_isas() -> tuple[str, ...]:
     """Return what this CPU can compute checksums with, fastest first; "portable" is the last."""
+
+def pack_block(
+    item_nbytes: int,
+    address: int,
+    nbytes: int,
+    out_address: int,
+    out_nbytes: int,
+    isa: str = "auto",
+) -> int:
+    """Pack floats of 2 (bf16) or 4 bytes, in whole groups of 64; return the bytes that takes, or 0
+    where they would not be fewer. The output needs room for 512 bytes more than `nbytes`. `isa` is
+    "auto" or of pack_isas()."""
+
+def unpack_block(
+    item_nbytes: int,
+    address: int,
+    packed_nbytes: int,
+    out_address: int,
+    nbytes: int,
+    isa: str = "auto",
+) -> bool:
+    """Undo pack_block; False where that did not make it, and the output then holds anything. May
+    read up to 64 bytes behind the packed ones."""
+
+def unpack_run(
+    item_nbytes: int, address: int, nbytes: int, block_nbytes: int, lengths: int
+) -> bool:
+    """Unpack the blocks of a run in place. Their lengths, uint32 at `lengths`, may not exceed those
+    of plain blocks: ValueError. False where the bytes are not what was packed."""
+
+def pack_isas() -> tuple[str, ...]:
+    """Return what this CPU can pack with, fastest first; "portable" is the last."""
 
 # `isa` below is "auto" or one of supported_isas(); the bits do not depend on it. ValueError
 # where this CPU lacks it.

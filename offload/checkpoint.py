@@ -13,18 +13,17 @@ import logging
 import threading
 from pathlib import Path
 
-import numpy as np
-
 from offload import swapfile
 from offload.checkpointfile import CheckpointFile
 from offload.chunk import Chunk
 from offload.commit import StepRecord, manifest_of
 from offload.engine import Engine
 from offload.errors import StateError, StorageError
+from offload.extents import Extent, parts_of
 from offload.formats import Plane
 from offload.homes import PlaneKey
 from offload.plan import CHECKSUM_NBYTES
-from offload.store import Extent
+from offload.stepreader import PART_NBYTES
 
 logger = logging.getLogger("offload")
 
@@ -48,7 +47,8 @@ class Checkpoint:
         sizes = [((c.spec.index, p), c.spec.nbytes(p, fmt)) for c, p in keys]
         block = store.checksum_nbytes if store is not None else CHECKSUM_NBYTES
         self._manifest = manifest_of(engine, record, run="")
-        self._file = CheckpointFile(folder, sizes, block)
+        run_numel = engine.plan.tile_numel if store is not None and store.pack_stride else 0
+        self._file = CheckpointFile(folder, sizes, block, run_numel)
         self._rate = rate_nbytes
         self._changed = threading.Condition()
         self._todo: dict[Extent, PlaneKey] = {}
@@ -145,14 +145,18 @@ class Checkpoint:
         store = self._engine.store
         if store is None:
             raise StateError("an extent without a store.")
-        table = store.checksums(extent) if store.checksum_nbytes else np.empty(0, np.uint32)
         key = self._todo[extent]
         chunk = self._engine.chunks[key[0]].name
 
         def error(code: int, fd: int, offset: int) -> StorageError:
             return store.error(code, "copying", fd, offset, chunk)
 
-        self._file.add_pieces(key, store.segments(extent), table, error=error, pace=self._pace)
+        pieces = store.segments(extent)
+        parts = parts_of(
+            [piece[:3] for piece in pieces], store.table(extent), store.checksum_nbytes,
+            store.runs(extent), PART_NBYTES,
+        )  # fmt: skip
+        self._file.add_pieces(key, pieces, parts, error=error, pace=self._pace)
 
     def _pace(self, nbytes: int) -> None:
         """Sleep so long that the rate is kept; a writer that waits, and the end, cut it short."""

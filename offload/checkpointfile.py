@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
 import errno
 import fcntl
+import itertools
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from offload import runfolder, swapfile
 from offload.errors import StorageError
+from offload.extents import NO_TABLE, BlockTable, Extent, Part, PlaneSegment, block_sizes
 from offload.homes import PlaneKey
 from offload.manifest import ChecksumsRecord, Manifest, PlaneRecord, decode, encode
 from offload.runfiles import sync_folder, write_checksums, write_durably
 from offload.slots import Region
-from offload.stepreader import PART_NBYTES, ErrorAt, PartBuffer
-from offload.store import PlaneSegment
+from offload.stepreader import PART_NBYTES, ErrorAt, PartBuffer, part_nbytes
 from offload.swapfile import ALIGN_NBYTES, MANIFEST_NAME, SWAP_NAME
 
 _FICLONERANGE = 0x4020940D
@@ -38,13 +40,18 @@ class CheckpointFile:
     """Takes the planes of a step in any order. Used by one thread at a time."""
 
     def __init__(
-        self, folder: Path, planes: Sequence[tuple[PlaneKey, int]], block_nbytes: int
+        self,
+        folder: Path,
+        planes: Sequence[tuple[PlaneKey, int]],
+        block_nbytes: int,
+        run_numel: int = 0,
     ) -> None:
-        """`planes` are (key, bytes) in the manifest's order; `block_nbytes` 0 is no checksums.
+        """`planes` are (key, bytes) in the manifest's order; `block_nbytes` 0 is no checksums,
+        `run_numel` the elements of packed runs, 0 where nothing is packed.
 
         Raises StateError where the folder holds a run or a checkpoint, StorageError for the rest.
         """
-        self.folder, self.block_nbytes = folder, block_nbytes
+        self.folder, self.block_nbytes, self.run_numel = folder, block_nbytes, run_numel
         self.run = os.urandom(16).hex()  # its own: the file is not the run's, nor another step's
         self.sizes = dict(planes)
         self.offsets: dict[PlaneKey, int] = {}
@@ -55,8 +62,9 @@ class CheckpointFile:
         self.num_cloned = 0  # bytes that the file system shares instead of copying
         self._path = folder / SWAP_NAME
         self._clones = True  # until the file system says that it cannot
-        self._tables: dict[PlaneKey, list[np.ndarray]] = {key: [] for key, _ in planes}
-        self._buffer = PartBuffer(block_nbytes)
+        self._tables: dict[PlaneKey, BlockTable] = {}
+        self._pieces = {key: [(0, self.offsets[key], nbytes)] for key, nbytes in planes}
+        self._buffer = PartBuffer(block_nbytes, part_nbytes(run_numel))
         self._lock, self._fd = swapfile.lock(folder), -1
         try:
             runfolder.refuse_committed([folder])
@@ -67,43 +75,57 @@ class CheckpointFile:
             raise
 
     def add_memory(self, key: PlaneKey, source: Region) -> None:
-        """Copy a plane that lies in RAM."""
+        """Copy a plane that lies in RAM, plain."""
+        checksums = [np.empty(0, np.uint32)]
         for at in range(0, source.nbytes, PART_NBYTES):
             nbytes = min(PART_NBYTES, source.nbytes - at)
             self._buffer.tensor[:nbytes] = source.tensor[at : at + nbytes]
             if self.block_nbytes:
-                self._tables[key].append(self._buffer.checksums(nbytes))
+                checksums.append(self._buffer.checksums(nbytes))
             self._write(self.offsets[key] + at, nbytes)
+        sizes = block_sizes(Extent(tuple(self._pieces[key])), self.block_nbytes or source.nbytes)
+        self._tables[key] = BlockTable(np.concatenate(checksums), np.array(sizes, np.uint32))
 
     def add_pieces(
         self,
         key: PlaneKey,
         pieces: Sequence[PlaneSegment],
-        table: np.ndarray,
+        parts: Iterable[Part],
         *,
         error: ErrorAt,
         pace: Callable[[int], None],
         verify_clones: bool = False,
     ) -> None:
-        """Share or copy a plane from an extent's pieces. What is copied is verified by the
-        checksums in `table`, where there are some; what is shared only with `verify_clones`.
-        `pace` is told how many bytes were copied, and may sleep.
+        """Share or copy a plane from an extent's pieces, as it is stored, `parts` of which can be
+        read by themselves. What is copied is verified by its checksums, where there are some; what
+        is shared only with `verify_clones`. `pace` is told how many bytes were copied, and may
+        sleep.
         """
-        at, entry = self.offsets[key], 0
-        self._tables[key].append(table.copy())
+        at, is_shared = self.offsets[key], {}
+        self._pieces[key] = []
         for fd, offset, nbytes, _ in pieces:
-            is_shared = self._clone(fd, offset, nbytes, at)
-            if is_shared and not verify_clones:
-                at += nbytes
-                entry += -(-nbytes // self.block_nbytes) if self.block_nbytes else 0
+            is_shared[fd, offset] = self._clone(fd, offset, nbytes, at)
+            self._pieces[key].append((0, at, nbytes))  # the same pieces, so the same runs
+            at += nbytes
+        tables, is_packed = [NO_TABLE], False
+        ends = list(itertools.accumulate(nbytes for _, _, nbytes, _ in pieces))
+        for part in parts:
+            tables.append(part.table)
+            is_packed |= part.item_nbytes > 0
+            fd, offset, *_ = pieces[bisect.bisect_right(ends, part.begin)]
+            if is_shared[fd, offset] and not verify_clones:
                 continue
-            for done in range(0, nbytes, PART_NBYTES):
-                part = min(PART_NBYTES, nbytes - done)
-                entry += self._buffer.read(fd, offset + done, part, table[entry:], error)
-                if not is_shared:
-                    self._write(at, part)
-                    pace(part)
-                at += part
+            self._buffer.load(part, error)
+            if not is_shared[fd, offset]:  # before it is verified: that unpacks it
+                self._write(self.offsets[key] + part.begin, part.stored_nbytes)
+                pace(part.stored_nbytes)
+            self._buffer.verify(part, error)
+        if not is_packed:
+            self._pieces[key] = [(0, self.offsets[key], self.sizes[key])]
+        self._tables[key] = BlockTable(
+            np.concatenate([table.checksums for table in tables]),
+            np.concatenate([table.lengths for table in tables]),
+        )
 
     def _clone(self, fd: int, offset: int, nbytes: int, at: int) -> bool:
         if not self._clones:
@@ -159,15 +181,15 @@ class CheckpointFile:
     def _write_checksums(self) -> ChecksumsRecord | None:
         if not self.block_nbytes:
             return None
-        tables = [table for tables in self._tables.values() for table in tables]
-        return write_checksums(self.folder, 0, self.block_nbytes, tables)
+        tables = [self._tables[key] for key in self.sizes]
+        return write_checksums(self.folder, 0, self.block_nbytes, tables, self.run_numel)
 
     def _manifest(self, step: Manifest, checksums: ChecksumsRecord | None) -> Manifest:
         """The manifest of a run's step, with the extents of this file."""
         planes: list[dict[str, PlaneRecord]] = [{} for _ in step.chunks]
-        for (index, plane), offset in self.offsets.items():
-            piece = (0, offset, self.sizes[index, plane])
-            planes[index][plane.value] = PlaneRecord(extents=((piece,),), committed=0)
+        for (index, plane), pieces in self._pieces.items():
+            record = PlaneRecord(extents=(tuple(pieces),), committed=0)
+            planes[index][plane.value] = record
         chunks = [
             chunk.model_copy(update={"planes": planes[index]})
             for index, chunk in enumerate(step.chunks)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from offload.errors import StateError
+from offload.extents import PlaneExtents
 from offload.factored import FactoredStep
 from offload.factors import FactorSums
 from offload.formats import Plane
@@ -16,7 +17,6 @@ from offload.slots import Region, Slot
 from offload.spec import ChunkSpec as ChunkSpec
 from offload.spec import ParamSpec as ParamSpec
 from offload.spec import make_spec as make_spec
-from offload.store import PlaneExtents
 from offload.tier import TRANSITIONS, DeviceEvent, Residency
 
 

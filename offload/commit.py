@@ -25,6 +25,7 @@ from offload import io, manifest, runfolder
 from offload.chunk import Chunk, ChunkSpec
 from offload.engine import Engine
 from offload.errors import StateError
+from offload.extents import PlaneExtents
 from offload.formats import Plane
 from offload.homes import PlaneKey
 from offload.manifest import (
@@ -37,7 +38,7 @@ from offload.manifest import (
     WearRecord,
 )
 from offload.runfiles import make_file, sync_folder, write_checksums, write_durably
-from offload.store import ChunkStore, PlaneExtents
+from offload.store import ChunkStore
 from offload.swapfile import CHECKSUM_NAMES, MANIFEST_NAME, MEMBER_NAME
 from offload.tier import Link
 
@@ -255,15 +256,16 @@ class Commits:
 
     def _write_checksums(self) -> ChecksumsRecord | None:
         """The checksums of the newest extents, in the manifest's order."""
-        store = self._store
+        store, plan = self._store, self._engine.plan
         if not store.checksum_nbytes:
             return None
         tables = [
-            store.checksums(extents.newest)
+            store.table(extents.newest)
             for chunk in self._engine.chunks
             for extents in self._state_extents(chunk)
         ]
-        return write_checksums(store.paths[0], self._slot, store.checksum_nbytes, tables)
+        run_numel = plan.tile_numel if plan.packs else 0
+        return write_checksums(store.paths[0], self._slot, store.checksum_nbytes, tables, run_numel)
 
     def _manifest(self, checksums: ChecksumsRecord | None) -> Manifest:
         if self._record is None:

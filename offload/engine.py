@@ -23,6 +23,7 @@ import torch
 from offload import io
 from offload.chunk import Chunk, Ops, Update
 from offload.errors import StateError
+from offload.extents import Extent, PlaneExtents
 from offload.formats import Plane
 from offload.homes import PlaneKey, allocate_extents, carve_pinned
 from offload.inflight import Finish, InFlight
@@ -32,7 +33,7 @@ from offload.residence import Residence
 from offload.schedule import Schedule, default_order
 from offload.slots import Slab, Slot
 from offload.stats import UPDATE, StatsCounter
-from offload.store import ChunkStore, Extent, PlaneExtents
+from offload.store import ChunkStore
 from offload.tier import DeviceEvent, Link, Residency
 from offload.timeline import Timeline
 from offload.transfer import Device
@@ -90,7 +91,8 @@ class Engine:
         self.after_poll: Callable[[], None] = _nothing  # and goes on when something has finished
         self.before_overwrite: Callable[[Extent], None] = _nothing  # a checkpoint may need it
         checksum_nbytes = store.checksum_nbytes if store else 0
-        queue = IoQueue(backend, limits, checksum_nbytes=checksum_nbytes)
+        pack_stride = store.pack_stride if store else 0
+        queue = IoQueue(backend, limits, checksum_nbytes=checksum_nbytes, pack_stride=pack_stride)
         try:
             pipeline = UpdatePipeline(
                 queue, plan.tile_numel, tiles, checksum_nbytes=checksum_nbytes

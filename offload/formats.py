@@ -52,6 +52,7 @@ _NATIVE_STATE_PLANES = (
     Plane.EXP_AVG_SQ,
     *SCALE_PLANES,
 )
+PACKED_PLANES = (Plane.WEIGHT, Plane.EXP_AVG, Plane.EXP_AVG_SQ)  # where they are floats
 STATE_BY_PARAM = (Plane.TORCH_STATE, Plane.FACTORS)
 STATE_PLANES = _NATIVE_STATE_PLANES + STATE_BY_PARAM
 GRAD_PLANES = (Plane.GRAD, Plane.GRAD_LO)
@@ -89,9 +90,14 @@ class StateFormat:
         """Elements that chunks and tiles are multiples of: 4 KiB of the narrowest plane that the
         format can have where the worker updates it.
         """
-        in_tiles = Plane.TORCH_STATE not in self.dtypes or Plane.FACTORS in self.dtypes
+        in_tiles = not self.is_stepped_in_torch
         has_scales = in_tiles and any(plane in _DTYPES[self.name] for plane in SCALE_PLANES)
         return NUMEL_MULTIPLE * GROUP_NUMEL // 2 if has_scales else NUMEL_MULTIPLE
+
+    @property
+    def is_stepped_in_torch(self) -> bool:
+        """Whether no chunk goes through the update worker."""
+        return Plane.TORCH_STATE in self.dtypes and Plane.FACTORS not in self.dtypes
 
     def num_items(self, plane: Plane, numel: int) -> int:
         """Items of a plane for so many elements."""
@@ -100,6 +106,11 @@ class StateFormat:
     def nbytes(self, plane: Plane, numel: int) -> int:
         """Bytes of a plane for so many elements."""
         return self.num_items(plane, numel) * self.dtypes[plane].itemsize
+
+    def packed_item_nbytes(self, plane: Plane) -> int:
+        """Bytes of an item of a plane of floats, which can be packed on a drive; else 0."""
+        dtype = self.dtypes.get(plane) if plane in PACKED_PLANES else None
+        return dtype.itemsize if dtype in (torch.float32, torch.bfloat16) else 0
 
     def items(self, plane: Plane, begin: int, numel: int) -> slice:
         """The items of a plane for the elements from `begin`, which is a group's first."""

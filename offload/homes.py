@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from offload.chunk import Chunk
+from offload.extents import PlaneExtents
 from offload.formats import GRAD_PLANES, Plane
 from offload.plan import Plan
 from offload.slots import Slab
-from offload.store import ChunkStore, PlaneExtents
+from offload.store import ChunkStore
 
 PlaneKey = tuple[int, Plane]  # (chunk index, plane)
 
@@ -35,12 +36,12 @@ def allocate_extents(
     """
     wanted = [(chunk, plane) for chunk in chunks for plane in plan.nvme_planes(chunk.spec)]
     for chunk, plane in sorted(wanted, key=lambda key: key[1] in GRAD_PLANES):
-        home = homes.get((chunk.spec.index, plane))
+        home, runs = homes.get((chunk.spec.index, plane)), plan.runs(plane)
         if home is None:
             nbytes = chunk.spec.nbytes(plane, plan.fmt)
             num_extents = plan.num_extents(chunk.spec, plane)
-            home = PlaneExtents([store.allocate(nbytes) for _ in range(num_extents)])
+            home = PlaneExtents([store.allocate(nbytes, runs) for _ in range(num_extents)])
         else:
             for extent in home.extents:
-                store.cover(extent)
+                store.cover(extent, runs)
         chunk.extents[plane] = home

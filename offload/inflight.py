@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 
 from offload import forks, interrupts
 from offload.errors import OffloadError, StateError
+from offload.extents import Extent
 from offload.io import DEMAND, READ, WRITE, IoQueue, Segment
 from offload.stats import UPDATE, StatsCounter
-from offload.store import ChunkStore, Extent
+from offload.store import ChunkStore
 from offload.tier import DeviceEvent, Link
 from offload.timeline import Timeline
 from offload.transfer import Transfer
-from offload.update import PlaneArgument, UpdatePipeline, written_pieces
+from offload.update import PlaneArgument, UpdatePipeline
 
 Finish = Callable[[int, int, int], None]
 _WAIT_S = 0.01  # a blocked wait looks at the other completion source this often
@@ -59,6 +60,9 @@ class InFlight:
         if self._store is None:
             raise StateError(f"chunk {chunk}: there is no NVMe tier.")
         link = Link.READ if op == READ else Link.WRITE
+        is_part = op == READ and nbytes is not None
+        if is_part and not self._store.holds_whole_runs(extent, begin, nbytes or 0):
+            raise StateError(f"chunk {chunk}: bytes from {begin} are no whole packed runs.")
         segments = self._store.io_segments(extent, address, begin, nbytes)
         self.start_io(op, link, chunk, segments, finish, priority)
 
@@ -119,12 +123,7 @@ class InFlight:
         write_all: bool,
     ) -> None:
         """Hand a chunk to the update worker."""
-        written: tuple[int, ...] = ()
-        if self._store is not None:
-            tile_numel = self._pipeline.tile_numel
-            pieces = written_pieces(numel, planes, ops, tile_numel, write_all=write_all)
-            written = self._store.by_drive(pieces)
-        tag = self._track(Link.WRITE, chunk, 0, finish, written=written)
+        tag = self._track(Link.WRITE, chunk, 0, finish)
         self._num_updating += 1
         self._pipeline.submit(tag, fmt_code, numel, planes, ops, write_all=write_all)
 
@@ -229,6 +228,8 @@ class InFlight:
             self.stats.moved(Link.READ, done.read_nbytes, 0.0)
             self.stats.moved(Link.WRITE, done.write_nbytes, 0.0)
             self.stats.updated(done.kernel_seconds)
+            if self._store is not None:
+                self.stats.wrote(self._store.by_drive(done.written))
         self._finish_all([(d.tag, d.result, d.fd, d.offset, 0.0, UPDATE) for d in rows])
 
     def _finish_all(self, rows: Sequence[tuple[int, int, int, int, float, str]]) -> None:
@@ -255,10 +256,12 @@ class InFlight:
         self, tag: int, result: int, fd: int, offset: int, seconds: float, *, lane: str = ""
     ) -> None:
         transfer = self._transfers.pop(tag)
+        is_io = transfer.link in (Link.READ, Link.WRITE) and lane != UPDATE
+        nbytes = result if is_io and result >= 0 else transfer.nbytes  # less where it is packed
         lane = lane or transfer.link.value
         end = time.perf_counter()
-        self._timeline.record(lane, transfer.chunk, lane, transfer.start, end, transfer.nbytes)
-        self.stats.moved(transfer.link, transfer.nbytes, seconds)
+        self._timeline.record(lane, transfer.chunk, lane, transfer.start, end, nbytes)
+        self.stats.moved(transfer.link, nbytes, seconds)
         if result >= 0:
             self.stats.wrote(transfer.written)
         try:

@@ -25,9 +25,13 @@ WRITE_BACK = _native.PRIORITY_WRITE_BACK
 logger = logging.getLogger("offload")
 Native = TypeVar("Native")
 # fd, offset, address, nbytes, and where checksums are kept, the address of its first block's.
-Segment = tuple[int, int, int, int] | tuple[int, int, int, int, int]
+# A run of floats (see Runs in store.py) has the size of its items behind that.
+Segment = (
+    tuple[int, int, int, int] | tuple[int, int, int, int, int] | tuple[int, int, int, int, int, int]
+)
 crc32c = _native.crc32c
 crc32c_blocks = _native.crc32c_blocks
+unpack_run = _native.unpack_run
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,16 +106,23 @@ class IoQueue:
     """Submission and completion queue. `submit` never blocks; `wait` blocks without the GIL.
 
     Segments with checksums get one uint32 for every `checksum_nbytes` of their piece: stored before
-    a write, compared after a read, which fails with EBADMSG and the block's offset.
+    a write, compared after a read, which fails with EBADMSG and the block's offset. Segments that
+    are runs have `item_nbytes` too; the length of each packed block is `pack_stride` entries behind
+    its checksum. A read unpacks them, a write keeps them plain.
     """
 
     def __init__(
-        self, backend: str, limits: Limits | None = None, *, checksum_nbytes: int = 0
+        self,
+        backend: str,
+        limits: Limits | None = None,
+        *,
+        checksum_nbytes: int = 0,
+        pack_stride: int = 0,
     ) -> None:
         self.native = with_room(
             limits or default_limits(backend),
             lambda depth, block_nbytes: _native.IoQueue(
-                backend, depth, block_nbytes, NUM_THREADS, checksum_nbytes
+                backend, depth, block_nbytes, NUM_THREADS, checksum_nbytes, pack_stride
             ),
         )
         self.backend = backend

@@ -21,8 +21,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from offload.errors import StateError, StorageError
+from offload.extents import PACK_BLOCK_NBYTES_MAX, Extent, PlaneExtents
 from offload.formats import FORMATS, STATE_BY_PARAM, STATE_PLANES, Plane
-from offload.store import Extent, PlaneExtents
 from offload.swapfile import ALIGN_NBYTES, MANIFEST_MAGIC
 
 VERSION = 1
@@ -91,12 +91,15 @@ class TensorRecord(_Record):
 
 
 class ChecksumsRecord(_Record):
-    """The file that has the checksums of the committed extents, in the manifest's order."""
+    """The file that has the checksums of the committed extents, in the manifest's order; and
+    behind all of them, where runs of `run_numel` elements may be packed, their blocks' lengths.
+    """
 
     slot: Annotated[int, Field(ge=0, le=1)]  # two files take turns: never the committed one
     block_nbytes: Annotated[int, Field(ge=ALIGN_NBYTES, le=2**20, multiple_of=ALIGN_NBYTES)]
     nbytes: Count
     crc32: Annotated[int, Field(ge=0, lt=2**32)]
+    run_numel: Annotated[int, Field(ge=0, le=2**31, multiple_of=ALIGN_NBYTES)] = 0
 
 
 class WearRecord(_Record):
@@ -192,8 +195,11 @@ def _check_blocks(manifest: Manifest) -> None:
             if any(nbytes % block for _, _, nbytes in pieces[:-1]):
                 raise ValueError("a block is cut in two")
         num_blocks += sum(-(-nbytes // block) for _, _, nbytes in plane.extents[plane.committed])
-    if record.nbytes != 4 * num_blocks:
+    entry_nbytes = 8 if record.run_numel else 4
+    if record.nbytes != entry_nbytes * num_blocks:
         raise ValueError(f"{record.nbytes} bytes of checksums for {num_blocks} blocks")
+    if record.run_numel and block > PACK_BLOCK_NBYTES_MAX:
+        raise ValueError(f"blocks of {block} bytes cannot be packed")
 
 
 def _check_apart(manifest: Manifest) -> None:

@@ -39,7 +39,7 @@ def copy_run(
     if rate_nbytes is not None and rate_nbytes < 1:
         raise StateError(f"rate_nbytes {rate_nbytes}: name at least one byte a second, or None.")
     with open_step(folders) as step:
-        manifest, checksums = step.manifest, step.manifest.checksums
+        manifest = step.manifest
         sizes = [
             ((index, plane), sum(nbytes for _, _, nbytes in record.extents[record.committed]))
             for index, plane, record in manifest.planes()
@@ -50,12 +50,12 @@ def copy_run(
             if rate_nbytes is not None:
                 time.sleep(nbytes / rate_nbytes)
 
-        file = CheckpointFile(out, sizes, checksums.block_nbytes if checksums is not None else 0)
+        file = CheckpointFile(out, sizes, step.block_nbytes, step.run_numel)
         try:
             for (index, plane), nbytes in sizes:
                 file.add_pieces(
-                    (index, plane), step.pieces(index, plane), step.table(index, plane),
-                    error=step.error, pace=pace, verify_clones=checksums is not None,
+                    (index, plane), step.pieces(index, plane), step.parts_of(index, plane),
+                    error=step.error, pace=pace, verify_clones=step.block_nbytes > 0,
                 )  # fmt: skip
                 done += nbytes
                 show(done, total)

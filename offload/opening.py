@@ -222,7 +222,12 @@ def make_store(
     """The store of a plan, its checksums in the slab."""
     table = slab.carve("checksums", plan.table_nbytes) if plan.table_nbytes else None
     return ChunkStore(
-        paths, run=run, checksum_nbytes=plan.checksum_nbytes, table=table, weights=plan.weights
+        paths,
+        run=run,
+        checksum_nbytes=plan.checksum_nbytes,
+        table=table,
+        packs=plan.packs,
+        weights=plan.weights,
     )
 
 

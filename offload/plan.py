@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from offload import space
 from offload.chunk import ChunkSpec
 from offload.errors import BudgetError
+from offload.extents import Runs, runs_of, shares, table_nbytes
 from offload.formats import GRAD_PLANES, NUMEL_MULTIPLE, Plane, StateFormat
 from offload.policy import OffloadPolicy, format_nbytes, short_nbytes
 from offload.schedule import count_loads, default_order
 from offload.slots import HUGE_PAGE_NBYTES, round_up
 from offload.space import PoolSpec as PoolSpec
-from offload.store import shares, table_nbytes
 from offload.swapfile import ALIGN_NBYTES
 from offload.update import tile_buffer_nbytes
 from offload.wear import check_daily_limit, plan_lines
@@ -50,6 +50,7 @@ class Plan:
     uses_nvme: bool
     weights: tuple[float, ...] = ()  # the speeds of the paths: planes are shared out by them
     checksum_nbytes: int = 0  # one checksum for so many bytes on NVMe; 0: none
+    packs: bool = False  # floats on NVMe are packed where an update writes them
     commit_every: int = 0  # steps from one commit to the next; 0: a crash loses the run
     rated_nbytes: tuple[int, ...] = ()  # endurance by drive; empty: not known
     max_writes_per_day: int | None = None  # bytes to one drive
@@ -78,7 +79,11 @@ class Plan:
             for plane in self.nvme_planes(spec)
             for _ in range(self.num_extents(spec, plane))
         ]
-        return table_nbytes(sizes, self.num_paths, self.checksum_nbytes)
+        return table_nbytes(sizes, self.num_paths, self.checksum_nbytes, packs=self.packs)
+
+    def runs(self, plane: Plane) -> Runs | None:
+        """How a plane is packed on NVMe: tile by tile, as updates write it."""
+        return runs_of(self.fmt, plane, self.tile_numel if self.packs else 0)
 
     def _pinned_nbytes(self, plane: Plane) -> int:
         return sum(
@@ -366,6 +371,7 @@ class _Planner:
             uses_nvme=self.has_nvme,
             weights=self.weights,
             checksum_nbytes=self._checksum_nbytes(),
+            packs=nvme is not None and nvme.packs and not self.fmt.is_stepped_in_torch,
             commit_every=self.policy.commit_every,
             rated_nbytes=nvme.rated_nbytes if nvme is not None else (),
             max_writes_per_day=nvme.max_writes_per_day if nvme is not None else None,

@@ -20,6 +20,7 @@ from pydantic import (
     ValidationInfo,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
 
 from offload.config import load_config
@@ -163,6 +164,11 @@ class NvmePolicy(Section):
     checksum: bool = Field(
         default=True, description="true (every block read is verified by its CRC32C) or false"
     )
+    pack: bool | None = Field(
+        default=None,
+        description="true (weights and moments take fewer bytes to the drive and back, without "
+        "loss; the files are as large) or false; null: true where there are checksums",
+    )
     endurance: Endurance | None = Field(
         default=None,
         description="a size above 0, such as 600TB: what a drive is rated to write (its TBW); or a "
@@ -184,6 +190,17 @@ class NvmePolicy(Section):
             sizes = _show([format_nbytes(nbytes) for nbytes in value])
             raise ValueError(f"{sizes}: {len(value)} sizes for {len(paths)} paths")
         return value
+
+    @model_validator(mode="after")
+    def _packed_lengths_lie_beside_checksums(self) -> NvmePolicy:
+        if self.pack and not self.checksum:
+            raise ValueError("pack: true needs checksum: true")
+        return self
+
+    @property
+    def packs(self) -> bool:
+        """Whether planes are packed."""
+        return self.checksum if self.pack is None else self.pack
 
     @property
     def rated_nbytes(self) -> tuple[int, ...]:

@@ -15,12 +15,13 @@ from offload.chunk import ChunkSpec
 from offload.commit import param_records_of
 from offload.engine import Engine
 from offload.errors import StateError
+from offload.extents import PlaneExtents
 from offload.formats import StateFormat
 from offload.homes import PlaneKey
 from offload.manifest import ChunkRecord, Manifest, ParamRecord, pack_tensor, unpack_tensor
 from offload.plan import Plan
-from offload.runfiles import read_checksums
-from offload.store import ChunkStore, PlaneExtents
+from offload.runfiles import read_tables
+from offload.store import ChunkStore
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +100,14 @@ def check_homes(manifest: Manifest, plan: Plan, where: str) -> None:
             "tiers.nvme.checksum, optimizer.tile_numel and tiers.cpu.budget back, or start from a "
             "checkpoint of it (`offload checkpoint`)."
         )
+    if record is not None and record.run_numel not in (0, plan.tile_numel if plan.packs else 0):
+        raise StateError(
+            f"{where} is packed in runs of {record.run_numel} elements, this policy wants "
+            + (f"runs of {plan.tile_numel}. " if plan.packs else "none. ")
+            + f"Set optimizer.tile_numel: {record.run_numel} and tiers.nvme.pack: true, with as "
+            "much tiers.cpu.budget as that takes, or start from a checkpoint of it (`offload "
+            "checkpoint`)."
+        )
     for index, plane, planes in manifest.planes():
         spec = plan.specs[index]
         if len(planes.extents) != plan.num_extents(spec, plane):
@@ -130,17 +139,16 @@ def homes_of(manifest: Manifest) -> dict[PlaneKey, PlaneExtents]:
 
 
 def load_checksums(store: ChunkStore, manifest: Manifest) -> None:
-    """Give the committed extents the checksums that they were committed with. Raises
-    StorageError.
+    """Give the committed extents the checksums, and packed lengths, that they were committed with.
+    Raises StorageError.
     """
-    record = manifest.checksums
-    if not store.checksum_nbytes or record is None:
+    if not store.checksum_nbytes:
         return
-    entries, start = read_checksums(store.paths[0], record), 0
-    for _, _, plane in manifest.planes():
-        table = store.checksums(plane.restored().newest)
-        table[:] = entries[start : start + len(table)]
-        start += len(table)
+    tables = read_tables(store.paths[0], manifest)
+    for index, plane, planes in manifest.planes():
+        committed, table = tables[index, plane], store.table(planes.restored().newest)
+        table.checksums[:] = committed.checksums
+        table.lengths[:] = committed.lengths
 
 
 def adopt(engine: Engine, model: nn.Module, manifest: Manifest) -> Recovered:

@@ -14,6 +14,8 @@ import numpy as np
 
 from offload import manifest, swapfile
 from offload.errors import StorageError, storage_errors
+from offload.extents import BlockTable, Extent, block_sizes
+from offload.formats import FORMATS, Plane
 from offload.manifest import ChecksumsRecord, Manifest
 from offload.runfolder import lies_there
 from offload.swapfile import CHECKSUM_NAMES, MANIFEST_NAME, open_own
@@ -55,24 +57,28 @@ def write_synced(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
 
 
 def write_checksums(
-    folder: Path, slot: int, block_nbytes: int, tables: Sequence[np.ndarray]
+    folder: Path, slot: int, block_nbytes: int, tables: Sequence[BlockTable], run_numel: int = 0
 ) -> ChecksumsRecord:
-    """Make checksums durable, their file's name too, and return what a manifest says of them.
-    Raises StorageError.
+    """Make checksums durable, and the lengths of what may be packed in runs of `run_numel` elements
+    (0: nothing is), their file's name too, and return what a manifest says of them. Raises
+    StorageError.
     """
+    arrays = [table.checksums for table in tables]
+    arrays += [table.lengths for table in tables if run_numel]
     path, crc = folder / CHECKSUM_NAMES[slot], 0
     is_new = not lies_there(path)
-    for table in tables:
-        crc = zlib.crc32(table.data, crc)
+    for array in arrays:
+        crc = zlib.crc32(array.data, crc)
     with storage_errors("committing", path):
-        write_synced(path, [table.data for table in tables])
+        write_synced(path, [array.data for array in arrays])
     if is_new:
         sync_folder(folder)  # the manifest that names it must not be there without it
     return ChecksumsRecord.model_construct(
         slot=slot,
         block_nbytes=block_nbytes,
-        nbytes=sum(table.nbytes for table in tables),
+        nbytes=sum(array.nbytes for array in arrays),
         crc32=crc,
+        run_numel=run_numel,
     )
 
 
@@ -93,8 +99,33 @@ def _read_whole(path: Path, nbytes_max: int) -> bytes:
         return file.read(min(os.fstat(file.fileno()).st_size, nbytes_max))
 
 
+def read_tables(folder: Path, step: Manifest) -> dict[tuple[int, Plane], BlockTable]:
+    """The blocks of every committed plane; none where there are no checksums. Raises StorageError
+    where the file is not what it was.
+    """
+    record, start = step.checksums, 0
+    if record is None:
+        return {}
+    entries, fmt = read_checksums(folder, record), FORMATS[step.state_format]
+    checksums, lengths = np.split(
+        entries, [len(entries) // 2 if record.run_numel else len(entries)]
+    )
+    tables: dict[tuple[int, Plane], BlockTable] = {}
+    for index, plane, planes in step.planes():
+        sizes = block_sizes(Extent(planes.extents[planes.committed]), record.block_nbytes)
+        blocks, plain = slice(start, start + len(sizes)), np.array(sizes, np.uint32)
+        found = lengths[blocks] if record.run_numel else plain
+        least = 1 if fmt.packed_item_nbytes(plane) else plain
+        if (found < least).any() or (found > plain).any():
+            path = folder / CHECKSUM_NAMES[record.slot]
+            raise StorageError(errno.EBADMSG, "reading", path=str(path))
+        tables[index, plane] = BlockTable(checksums[blocks], found)
+        start += len(sizes)
+    return tables
+
+
 def read_checksums(folder: Path, record: ChecksumsRecord) -> np.ndarray:
-    """The uint32 checksums of a commit. Raises StorageError where the file is not what it was."""
+    """The uint32 of a commit's checksum file. Raises StorageError where it is not what it was."""
     path = folder / CHECKSUM_NAMES[record.slot]
     with storage_errors("reading", path):
         content = _read_whole(path, record.nbytes + 1)

@@ -14,45 +14,63 @@ import torch
 
 from offload import io, swapfile
 from offload.errors import StateError, StorageError
-from offload.formats import Plane
+from offload.extents import NO_TABLE, Part, PlaneSegment, parts_of, runs_of
+from offload.formats import FORMATS, Plane
 from offload.manifest import Manifest, encode
-from offload.runfiles import read_checksums, read_manifest
-from offload.store import PlaneSegment
+from offload.runfiles import read_manifest, read_tables
 from offload.swapfile import SWAP_NAME
 
 PART_NBYTES = 2 << 20  # what is read at a time; a multiple of every checksum block
 ErrorAt = Callable[[int, int, int], StorageError]  # errno, fd, offset
 
 
-class PartBuffer:
-    """Aligned memory of PART_NBYTES through which files are read, each block verified."""
+def part_nbytes(run_numel: int) -> int:
+    """Bytes of the largest part of a plane whose runs have so many elements."""
+    return max(PART_NBYTES, run_numel * torch.float32.itemsize)
 
-    def __init__(self, block_nbytes: int) -> None:
+
+class PartBuffer:
+    """Aligned memory through which files are read part by part, each block verified."""
+
+    def __init__(self, block_nbytes: int, nbytes: int = PART_NBYTES) -> None:
         """`block_nbytes` is what one checksum stands for; 0 is no checksums."""
         self.block_nbytes = block_nbytes
-        self.memory = mmap.mmap(-1, PART_NBYTES)
+        self.memory = mmap.mmap(-1, nbytes)
         self.tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
 
-    def read(self, fd: int, offset: int, nbytes: int, table: np.ndarray, error: ErrorAt) -> int:
-        """Fill the first `nbytes`, and compare them with the first checksums of `table`; returns
-        how many those were. Raises what `error` makes.
-        """
-        done = 0
+    def load(self, part: Part, error: ErrorAt) -> None:
+        """Read a part as it is stored. Raises what `error` makes."""
+        done, nbytes = 0, part.stored_nbytes
         while done < nbytes:
+            view, at = memoryview(self.memory)[done:nbytes], part.offset + done
             try:
-                num_read = os.preadv(fd, [memoryview(self.memory)[done:nbytes]], offset + done)
+                num_read = os.preadv(part.fd, [view], at)
             except OSError as found:
-                raise error(found.errno or errno.EIO, fd, offset + done) from found
+                raise error(found.errno or errno.EIO, part.fd, at) from found
             if num_read == 0:
-                raise error(errno.ENODATA, fd, offset + done)
+                raise error(errno.ENODATA, part.fd, at)
             done += num_read
+
+    def verify(self, part: Part, error: ErrorAt) -> None:
+        """Unpack the part that has been loaded, and compare it with its blocks' checksums. Raises
+        what `error` makes.
+        """
         if not self.block_nbytes:
-            return 0
-        checksums = self.checksums(nbytes)
-        wrong = np.flatnonzero(checksums != table[: len(checksums)])
-        if len(wrong):
-            raise error(errno.EBADMSG, fd, offset + int(wrong[0]) * self.block_nbytes)
-        return len(checksums)
+            return
+        wrong = 0
+        if self._unpack(part):
+            checksums = self.checksums(part.nbytes)
+            differing = np.flatnonzero(checksums != part.table.checksums)
+            if not len(differing):
+                return
+            wrong = int(differing[0])
+        raise error(errno.EBADMSG, part.fd, part.offset + wrong * self.block_nbytes)
+
+    def _unpack(self, part: Part) -> bool:
+        if not part.item_nbytes:
+            return True
+        lengths, address = part.table.lengths.ctypes.data, self.tensor.data_ptr()
+        return io.unpack_run(part.item_nbytes, address, part.nbytes, self.block_nbytes, lengths)
 
     def checksums(self, nbytes: int) -> np.ndarray:
         """Those of the blocks that the buffer holds now."""
@@ -75,10 +93,12 @@ class StepReader:
             )
         self.manifest = manifest
         self._folders = tuple(folders)
-        self._tables = _tables_of(manifest, folders[0])
+        self._tables = read_tables(folders[0], manifest)
         self._planes = {(index, plane): record for index, plane, record in manifest.planes()}
         record = manifest.checksums
-        self._buffer = PartBuffer(record.block_nbytes if record is not None else 0)
+        self.block_nbytes = record.block_nbytes if record is not None else 0
+        self.run_numel = record.run_numel if record is not None else 0
+        self._buffer = PartBuffer(self.block_nbytes, part_nbytes(self.run_numel))
         self._fds: list[int] = []
         try:
             run = swapfile.RunFiles(manifest.run)
@@ -104,42 +124,29 @@ class StepReader:
         record = self._planes[index, plane]
         return [(self._fds[f], offset, n, 0) for f, offset, n in record.extents[record.committed]]
 
-    def table(self, index: int, plane: Plane) -> np.ndarray:
-        """The checksums of a plane's blocks; none where the step has none."""
-        return self._tables.get((index, plane), np.empty(0, np.uint32))
+    def parts_of(self, index: int, plane: Plane) -> Iterator[Part]:
+        """A plane's runs, or parts of PART_NBYTES, as they lie."""
+        fmt = FORMATS[self.manifest.state_format]
+        table = self._tables.get((index, plane), NO_TABLE)
+        runs = runs_of(fmt, plane, self.run_numel)
+        pieces = [piece[:3] for piece in self.pieces(index, plane)]
+        return parts_of(pieces, table, self.block_nbytes, runs, PART_NBYTES)
 
     def parts(self, index: int, plane: Plane) -> Iterator[tuple[int, torch.Tensor]]:
         """A plane part by part: from which byte on, and memory (uint8) that the next part takes."""
-        begin, entry, table = 0, 0, self.table(index, plane)
 
         def error(code: int, fd: int, offset: int) -> StorageError:
             return self.error(code, fd, offset, self.manifest.chunks[index].name)
 
-        for fd, offset, nbytes, _ in self.pieces(index, plane):
-            for done in range(0, nbytes, PART_NBYTES):
-                part = min(PART_NBYTES, nbytes - done)
-                entry += self._buffer.read(fd, offset + done, part, table[entry:], error)
-                yield begin, self._buffer.tensor[:part]
-                begin += part
+        for part in self.parts_of(index, plane):
+            self._buffer.load(part, error)
+            self._buffer.verify(part, error)
+            yield part.begin, self._buffer.tensor[: part.nbytes]
 
     def error(self, code: int, fd: int, offset: int, chunk: str = "") -> StorageError:
         """The StorageError for a failed read."""
         path = self._folders[self._fds.index(fd)] / SWAP_NAME
         return StorageError(code, "reading", path=str(path), offset=offset, chunk=chunk)
-
-
-def _tables_of(manifest: Manifest, folder: Path) -> dict[tuple[int, Plane], np.ndarray]:
-    tables: dict[tuple[int, Plane], np.ndarray] = {}
-    record, start = manifest.checksums, 0
-    if record is None:
-        return tables
-    entries = read_checksums(folder, record)
-    for index, plane, planes in manifest.planes():
-        sizes = [nbytes for _, _, nbytes in planes.extents[planes.committed]]
-        count = sum(-(-nbytes // record.block_nbytes) for nbytes in sizes)
-        tables[index, plane] = entries[start : start + count]
-        start += count
-    return tables
 
 
 @contextlib.contextmanager

@@ -2,148 +2,39 @@
 
 Planes are striped over all paths, so several drives need no RAID. A file is made whole before
 training starts: a full disk is an error then, not later.
-
-[Note: two extents] Under durability a plane has two extents. What is committed is never written:
-an update reads the newest version and writes the extent that is not committed. `PlaneExtents` is
-that rule, and the only place that knows it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import itertools
 import logging
-import math
 import os
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
 from offload import forks, io, runfolder, swapfile
 from offload.errors import BudgetError, OffloadError, StateError, StorageError
+from offload.extents import (
+    NO_TABLE,
+    STRIPE_NBYTES,
+    BlockTable,
+    Extent,
+    PlaneSegment,
+    Runs,
+    block_sizes,
+    cut,
+    stripes,
+)
 from offload.slots import Region, round_up
 from offload.swapfile import ALIGN_NBYTES, LOCK_NAME, SWAP_NAME, RunFiles
 
 logger = logging.getLogger("offload")
-PlaneSegment = tuple[int, int, int, int]  # fd, offset, nbytes, address of its checksums or 0
-
-
-STRIPE_NBYTES = 4 << 20  # of a plane on several drives: a tile or two of the update worker
-
-
-def shares(nbytes: int, weights: Sequence[float], align: int) -> list[int]:
-    """Split bytes over places in proportion to their weights; pure.
-
-    Pieces are multiples of `align`, except that the last place with a weight takes the rest, and
-    each is less than `align` away from its exact share. A place of weight 0 gets nothing. Raises
-    StateError where no weight is above 0, or one is negative or not finite.
-    """
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-        raise StateError(f"weights {list(weights)} are not finite, from 0 up, and one above 0.")
-    exact = [Fraction(weight) for weight in weights]  # so that no rounding depends on the order
-    total = sum(exact)
-    last = max(index for index, weight in enumerate(exact) if weight)
-    ends = [int(nbytes * end / total) // align * align for end in itertools.accumulate(exact)]
-    ends[last:] = [nbytes] * (len(ends) - last)
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def stripes(
-    nbytes: int, weights: Sequence[float], align: int, stripe_nbytes: int
-) -> list[tuple[int, int]]:
-    """Lay bytes out over places in turns: pieces (place, nbytes) in the order of the bytes; pure.
-
-    Every place gets its `shares` in as many pieces as there are stripes of `stripe_nbytes`, so any
-    few stripes' worth of neighbouring bytes are spread over all places in proportion. One piece a
-    place would have them on one drive, and whoever walks through a plane would use one at a time.
-    """
-    num_stripes = max(1, -(-nbytes // stripe_nbytes))
-    by_place = [shares(share, [1] * num_stripes, align) for share in shares(nbytes, weights, align)]
-    return [
-        (place, pieces[stripe])
-        for stripe in range(num_stripes)
-        for place, pieces in enumerate(by_place)
-        if pieces[stripe]
-    ]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Extent:
-    """Where one plane lies: pieces (file index, offset, nbytes) in plane order."""
-
-    pieces: tuple[tuple[int, int, int], ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece[2] for piece in self.pieces)
-
-
-def table_nbytes(plane_nbytes: Sequence[int], num_paths: int, checksum_nbytes: int) -> int:
-    """Bytes of checksums that extents of these sizes need at most, in whole pages. Only the last
-    piece of a plane is no multiple of a block, so the pieces need no more than the whole.
-    """
-    if not checksum_nbytes:
-        return 0
-    blocks = sum(-(-nbytes // checksum_nbytes) + num_paths for nbytes in plane_nbytes)
-    return round_up(4 * blocks, ALIGN_NBYTES)
 
 
 def _as_uint32(region: Region) -> np.ndarray:
     return region.tensor.numpy().view(np.uint32)
-
-
-class PlaneExtents:
-    """The versions of one plane on NVMe; see [Note: two extents]. `committed` indexes `extents`;
-    None before the first commit.
-    """
-
-    __slots__ = ("_newest", "committed", "extents")
-
-    def __init__(self, extents: Sequence[Extent], committed: int | None = None) -> None:
-        self.extents = tuple(extents)
-        self.committed = committed
-        self._newest = committed or 0
-
-    @property
-    def newest(self) -> Extent:
-        """What to read."""
-        return self.extents[self._newest]
-
-    @property
-    def target(self) -> Extent:
-        """What to write: never the committed version, where there are two."""
-        return self.extents[self._target]
-
-    @property
-    def _target(self) -> int:
-        if len(self.extents) == 1 or self.committed is None:
-            return self._newest
-        return 1 - self.committed
-
-    def target_of(self, chunk: str) -> Extent:
-        """The target, for code other than an update; StateError where that is the committed one."""
-        if len(self.extents) == 1 and self.committed is not None:
-            raise StateError(
-                f"chunk {chunk} is frozen, and a commit names its only copy: writing it would "
-                "break recovery. Set durability: off, or let it require gradients from the start."
-            )
-        return self.target
-
-    def wrote(self) -> None:
-        """The whole target has been written: it is the newest version now."""
-        self._newest = self._target
-
-    @property
-    def newest_index(self) -> int:
-        """Where in `extents` the newest version is."""
-        return self._newest
-
-    def commit(self) -> None:
-        """A manifest that names the newest version is durable."""
-        self.committed = self._newest
 
 
 class ChunkStore:
@@ -151,7 +42,8 @@ class ChunkStore:
     them, unless they hold a committed run.
 
     With `checksum_nbytes` every block of that size has a CRC32C in `table` (see table_nbytes),
-    apart from the data: the native code stores it before a write and compares it after a read.
+    apart from the data: the native code stores it before a write and compares it after a read. With
+    `packs` the second half of the table has the length of each block as it is packed.
     `weights` are the paths' speeds, in any unit; without them all are equal.
     """
 
@@ -162,15 +54,20 @@ class ChunkStore:
         run: RunFiles | None = None,
         checksum_nbytes: int = 0,
         table: Region | None = None,
+        packs: bool = False,
         weights: Sequence[float] = (),
     ) -> None:
         self.paths = tuple(paths)
         self.weights = tuple(weights) or (1.0,) * len(self.paths)
         self.run = run
         self.checksum_nbytes = checksum_nbytes if table is not None else 0
-        self._entries = np.empty(0, np.uint32) if table is None else _as_uint32(table)
+        entries = np.empty(0, np.uint32) if table is None else _as_uint32(table)
+        self.pack_stride = len(entries) // 2 if packs else 0  # from a checksum to its length
+        self._entries = entries[: self.pack_stride or None]
+        self._lengths = entries[self.pack_stride : 2 * self.pack_stride]
         self._num_entries = 0
-        self._checksums: dict[Extent, np.ndarray] = {}
+        self._tables: dict[Extent, BlockTable] = {}
+        self._runs: dict[Extent, Runs] = {}
         self._zero_checksums: dict[int, int] = {}
         self._file_nbytes = [0] * len(paths)
         if run is not None:
@@ -188,8 +85,10 @@ class ChunkStore:
         """Bytes of each swap file."""
         return tuple(self._file_nbytes)
 
-    def allocate(self, nbytes: int) -> Extent:
-        """Book space for one plane, striped over the files in proportion to their weights."""
+    def allocate(self, nbytes: int, runs: Runs | None = None) -> Extent:
+        """Book space for one plane, striped over the files in proportion to their weights. With
+        `runs` it can be packed.
+        """
         pieces: list[tuple[int, int, int]] = []
         align = self.checksum_nbytes or ALIGN_NBYTES
         stripe = STRIPE_NBYTES if len(self.paths) > 1 else nbytes
@@ -197,37 +96,36 @@ class ChunkStore:
             pieces.append((index, self._file_nbytes[index], piece))
             self._file_nbytes[index] += round_up(piece, ALIGN_NBYTES)
         extent = Extent(tuple(pieces))
-        self.cover(extent)
+        self.cover(extent, runs)
         return extent
 
     # ---- checksums ----
 
-    def cover(self, extent: Extent) -> None:
-        """Give an extent its part of the table, as if it held zeros, which a new file does."""
+    def cover(self, extent: Extent, runs: Runs | None = None) -> None:
+        """Give an extent its part of the table: it holds plain zeros, which a new file does."""
         if not self.checksum_nbytes:
             return
-        sizes = self._block_sizes(extent)
+        sizes = block_sizes(extent, self.checksum_nbytes)
         end = self._num_entries + len(sizes)
         if end > len(self._entries):
             raise StateError("the checksum table is too small; the plan's sum is wrong.")
-        entries = self._entries[self._num_entries : end]
-        entries[:] = [self._zero_checksum(nbytes) for nbytes in sizes]
-        self._checksums[extent] = entries
+        blocks, lengths = slice(self._num_entries, end), np.array(sizes, np.uint32)
+        if self.pack_stride:
+            self._lengths[blocks] = lengths
+            lengths = self._lengths[blocks]
+            if runs is not None:
+                self._runs[extent] = runs
+        self._tables[extent] = BlockTable(self._entries[blocks], lengths)
+        self._entries[blocks] = [self._zero_checksum(nbytes) for nbytes in sizes]
         self._num_entries = end
 
-    def checksums(self, extent: Extent) -> np.ndarray:
-        """The uint32 checksums of an extent's blocks, in plane order; shares memory. The piece
-        after a piece begins a new block.
-        """
-        return self._checksums[extent]
+    def table(self, extent: Extent) -> BlockTable:
+        """Of an extent's blocks; shares memory. Empty where there are no checksums."""
+        return self._tables.get(extent, NO_TABLE)
 
-    def _block_sizes(self, extent: Extent) -> list[int]:
-        block = self.checksum_nbytes
-        return [
-            min(block, nbytes - start)
-            for _, _, nbytes in extent.pieces
-            for start in range(0, nbytes, block)
-        ]
+    def runs(self, extent: Extent) -> Runs | None:
+        """How an extent is packed, if it can be."""
+        return self._runs.get(extent)
 
     def _zero_checksum(self, nbytes: int) -> int:
         if nbytes not in self._zero_checksums:
@@ -239,7 +137,7 @@ class ChunkStore:
         """Where the checksums of each piece begin; 0 where there are none."""
         if not self.checksum_nbytes:
             return [0] * len(extent.pieces)
-        address, addresses = self._checksums[extent].ctypes.data, []
+        address, addresses = self._tables[extent].checksums.ctypes.data, []
         for _, _, nbytes in extent.pieces:
             addresses.append(address)
             address += 4 * -(-nbytes // self.checksum_nbytes)
@@ -302,9 +200,13 @@ class ChunkStore:
         self, extent: Extent, address: int, begin: int = 0, nbytes: int | None = None
     ) -> list[io.Segment]:
         """(fd, offset, address, nbytes, checksums) of the extent's pieces against a buffer at
-        `address`; of `nbytes` from `begin` of the plane, which must be whole blocks.
+        `address`; of `nbytes` from `begin` of the plane, which must be whole blocks. What can be
+        packed comes run by run, with the size of its items.
         """
         end = extent.nbytes if nbytes is None else begin + nbytes
+        runs = self._runs.get(extent)
+        if runs is not None:
+            return self._run_segments(extent, runs, address, begin, end)
         segments: list[io.Segment] = []
         start = 0
         for fd, offset, piece, checksums in self.segments(extent):
@@ -315,6 +217,24 @@ class ChunkStore:
                 segments.append((fd, offset + skip, address + first - begin, last - first, entry))
             start += piece
         return segments
+
+    def _run_segments(
+        self, extent: Extent, runs: Runs, address: int, begin: int, end: int
+    ) -> list[io.Segment]:
+        table, block = self._tables[extent].checksums.ctypes.data, self.checksum_nbytes
+        pieces = [(self._fds[index], offset, nbytes) for index, offset, nbytes in extent.pieces]
+        return [
+            (fd, offset, address + at - begin, part, table + 4 * (at // block), runs.item_nbytes)
+            for fd, offset, part, at in cut(pieces, runs.nbytes, begin, end)
+        ]
+
+    def holds_whole_runs(self, extent: Extent, begin: int, nbytes: int) -> bool:
+        """Whether a part of a plane can be read by itself."""
+        runs = self._runs.get(extent)
+        if runs is None or nbytes == extent.nbytes:
+            return True
+        starts = {at for _, _, _, at in cut(extent.pieces, runs.nbytes)} | {extent.nbytes}
+        return begin in starts and begin + nbytes in starts
 
     def by_drive(self, pieces: Iterable[tuple[int, int]]) -> tuple[int, ...]:
         """Sum (fd, nbytes) by path."""

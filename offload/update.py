@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from offload import _native
 from offload.io import IoQueue, on_cpus
@@ -130,7 +130,9 @@ class PlaneArgument:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UpdateCompletion:
-    """What became of one update: `result` is 0 or -errno with the fd and offset that failed."""
+    """What became of one update: `result` is 0 or -errno with the fd and offset that failed.
+    `written` is write_nbytes by fd.
+    """
 
     tag: int
     result: int
@@ -140,56 +142,7 @@ class UpdateCompletion:
     write_nbytes: int
     seconds: float
     kernel_seconds: float
-
-
-def written_pieces(
-    numel: int,
-    planes: Sequence[PlaneArgument | None],
-    ops: bytes,
-    tile_numel: int,
-    *,
-    write_all: bool,
-) -> Iterator[tuple[int, int]]:
-    """Yield (fd, nbytes) of what a job will write: all of its write segments, or their part in the
-    tiles that its ops touch.
-    """
-    touched = [(0, numel)] if write_all else _touched(numel, ops, tile_numel)
-    for plane in planes:
-        if plane is None or plane.write is None:
-            continue
-        total, start = sum(segment[2] for segment in plane.write), 0
-        for segment in plane.write:
-            end = start + segment[2]
-            for first, last in touched:
-                nbytes = min(end, total * last // numel) - max(start, total * first // numel)
-                if nbytes > 0:
-                    yield segment[0], nbytes
-            start = end
-
-
-def _touched(numel: int, ops: bytes, tile_numel: int) -> list[tuple[int, int]]:
-    """The elements of all tiles that ops reach into, as few ranges in order."""
-    ranges: list[tuple[int, int]] = []
-    for begin, end in _ranges(ops):
-        first = begin // tile_numel * tile_numel
-        last = min(-(-end // tile_numel) * tile_numel, numel)
-        if ranges and first <= ranges[-1][1]:
-            first = ranges.pop()[0]
-        ranges.append((first, last))
-    return ranges
-
-
-def _ranges(ops: bytes) -> Iterator[tuple[int, int]]:
-    """The elements [begin, end) of packed ops."""
-    at = 0
-    while at < len(ops):
-        begin, end, rule, *_ = _OP.unpack_from(ops, at)
-        at += _OP.size
-        if rule in (RULE_FACTORED, RULE_SCALED):
-            num_rows, num_cols = _FACTORS.unpack_from(ops, at)
-            num_factors = (end - begin) // num_rows + (end - begin) // num_cols
-            at += _FACTORS.size + num_factors * 4
-        yield begin, end
+    written: tuple[tuple[int, int], ...]
 
 
 def tile_buffer_nbytes(tile_numel: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from offload import io
 from offload.chunk import Chunk, Ops, PlaneStep
 from offload.errors import StateError
+from offload.extents import Extent
 from offload.factored import FactoredStep
 from offload.formats import Plane
 from offload.inflight import Finish, InFlight
@@ -19,7 +20,7 @@ from offload.jobs import plane_arguments
 from offload.plan import SCRATCH, Plan
 from offload.slots import Region, Slab
 from offload.stats import UPDATE
-from offload.store import ChunkStore, Extent
+from offload.store import ChunkStore
 from offload.torchstate import ITEM_DTYPE, plain_torch
 from offload.update import apply_in_ram
 

@@ -341,7 +341,7 @@ def test_impossible_tables_are_refused(make_rig: MakeRig) -> None:
     with pytest.raises(ValueError, match="4-byte"):
         rig.run(OP_WRITE, [(*segment, table + 1)])
     with pytest.raises(ValueError, match="a segment is"):
-        rig.run(OP_WRITE, [(*segment, table, 0)])
+        rig.run(OP_WRITE, [(*segment, table, 0, 0)])
     plain = io.IoQueue("threads")
     try:
         with pytest.raises(ValueError, match="checksum_nbytes is 0"):

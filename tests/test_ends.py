@@ -23,9 +23,9 @@ from offload import commit, update
 from offload.commit import Commits
 from offload.engine import Engine
 from offload.errors import StateError, StorageError
+from offload.extents import PlaneExtents
 from offload.runfiles import read_manifest
 from offload.slots import Slab
-from offload.store import PlaneExtents
 from offload.swapfile import CHECKSUM_NAMES, LOCK_NAME, MANIFEST_NAME, SWAP_NAME
 
 ENTRY = ZOO["llama"]

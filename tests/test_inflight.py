@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from offload.errors import StateError, StorageError
+from offload.extents import Extent
 from offload.inflight import InFlight
 from offload.io import READ, WRITE, IoCompletion
 from offload.stats import UPDATE
-from offload.store import Extent
 from offload.tier import Link
 from offload.timeline import Timeline
 from offload.transfer import StandinEvent
@@ -64,7 +64,7 @@ class FakePipeline(FakeSource):
         self.submitted.append(tag)
 
     def complete(self, tag: int, result: int = 0) -> None:
-        self.ready.append(UpdateCompletion(tag, result, 3, 4096, 100, 60, 0.5, 0.125))
+        self.ready.append(UpdateCompletion(tag, result, 3, 4096, 100, 60, 0.5, 0.125, ((3, 60),)))
 
 
 class Log:
@@ -133,7 +133,7 @@ def test_each_end_is_told_once_and_only_in_poll() -> None:
 def test_bytes_and_seconds_are_booked_to_their_link() -> None:
     bench = Bench()
     for name, op, nbytes in (("a", READ, 10), ("b", READ, 20), ("c", WRITE, 5)):
-        bench.queue.complete(bench.start_io(name, op, nbytes))
+        bench.queue.complete(bench.start_io(name, op, nbytes), nbytes)
     bench.pipeline.complete(bench.start_update("d"))
     bench.start_copy("e").set()
     bench.flight.poll()

@@ -71,6 +71,7 @@ def update_all(rig: Rig) -> None:
 def test_a_step_moves_every_plane_once(format: str, nvme_dir: Path) -> None:
     """All on NVMe, every gradient spilled: state in and out, gradients out and in."""
     changes = {"tiers__cpu__grad_slots": 1, "tiers__cpu__weight_slots": 1}
+    changes["tiers__nvme__pack"] = False
     with make_rig(nvme_dir, num_chunks=4, format=format, **changes) as rig:
         rig.engine.end_step()
         update_all(rig)

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from leaks import open_files
 from parity import bits
 
-from offload import io, store, swapfile
+from offload import extents, io, store, swapfile
 from offload.errors import BudgetError, StateError, StorageError
+from offload.extents import Extent
 from offload.slots import Slab
-from offload.store import ChunkStore, Extent
+from offload.store import ChunkStore
 from offload.swapfile import ALIGN_NBYTES, LOCK_NAME, SWAP_NAME
 
 KIB = 1024
@@ -39,7 +40,7 @@ WEIGHTS = st.lists(st.floats(0, 1e12, allow_subnormal=False), min_size=1, max_si
 
 @given(st.integers(0, 1 << 40), WEIGHTS, st.sampled_from([1, 512, ALIGN_NBYTES, 1 << 20]))
 def test_shares_are_in_proportion(nbytes: int, weights: list[float], align: int) -> None:
-    pieces = store.shares(nbytes, weights, align)
+    pieces = extents.shares(nbytes, weights, align)
     assert sum(pieces) == nbytes and len(pieces) == len(weights)
     total = sum(map(Fraction, weights))
     for piece, weight in zip(pieces, weights, strict=True):
@@ -47,28 +48,28 @@ def test_shares_are_in_proportion(nbytes: int, weights: list[float], align: int)
         assert abs(piece - nbytes * Fraction(weight) / total) < align
     whole = [piece for piece in pieces if piece]
     assert all(piece % align == 0 for piece in whole[:-1])
-    assert pieces == store.shares(nbytes, [weight * 0.25 for weight in weights], align)
+    assert pieces == extents.shares(nbytes, [weight * 0.25 for weight in weights], align)
 
 
 def test_shares_by_hand() -> None:
-    assert store.shares(10, [1, 1], 4) == [4, 6]
-    assert store.shares(100, [2, 0, 1, 0], 8) == [64, 0, 36, 0]
-    assert store.shares(3, [1, 1], 8) == [0, 3]
-    assert store.shares(0, [1, 2], 8) == [0, 0]
+    assert extents.shares(10, [1, 1], 4) == [4, 6]
+    assert extents.shares(100, [2, 0, 1, 0], 8) == [64, 0, 36, 0]
+    assert extents.shares(3, [1, 1], 8) == [0, 3]
+    assert extents.shares(0, [1, 2], 8) == [0, 0]
 
 
 @pytest.mark.parametrize("weights", [[], [0.0], [1.0, -1.0], [1.0, math.inf], [math.nan]])
 def test_shares_need_a_sound_weight(weights: list[float]) -> None:
     with pytest.raises(StateError, match="weights"):
-        store.shares(4096, weights, 512)
+        extents.shares(4096, weights, 512)
 
 
 @given(st.integers(0, 1 << 28), WEIGHTS, st.sampled_from([1 << 16, 1 << 20, (1 << 22) + 512]))
 def test_stripes_take_turns(nbytes: int, weights: list[float], stripe_nbytes: int) -> None:
     """The pieces add up to the shares, and any window of them is in proportion, too."""
-    pieces = store.stripes(nbytes, weights, ALIGN_NBYTES, stripe_nbytes)
+    pieces = extents.stripes(nbytes, weights, ALIGN_NBYTES, stripe_nbytes)
     sums = [sum(n for place, n in pieces if place == index) for index in range(len(weights))]
-    assert sums == store.shares(nbytes, weights, ALIGN_NBYTES)
+    assert sums == extents.shares(nbytes, weights, ALIGN_NBYTES)
     assert all(n % ALIGN_NBYTES == 0 for _, n in pieces[:-1])
     num_stripes = max(1, -(-nbytes // stripe_nbytes))
     for index, share in enumerate(sums):

@@ -13,7 +13,7 @@ import torch
 from loop_drives import LoopDrive, Unavailable, loop_drives, throttled
 from parity import bits
 
-from offload import io, store
+from offload import extents, io
 from offload.io import IoQueue, choose_backend
 from offload.slots import Slab
 from offload.store import ALIGN_NBYTES
@@ -25,8 +25,8 @@ PLANE_NBYTES = 10 * MIB + ALIGN_NBYTES
 METADATA_NBYTES = 128 << 10  # what ext4 may move beside the data
 Pieces = list[tuple[int, int]]
 LAYOUTS: dict[str, Callable[[list[int]], Pieces]] = {
-    "shares": lambda rates: list(enumerate(store.shares(PLANE_NBYTES, rates, ALIGN_NBYTES))),
-    "stripes": lambda rates: store.stripes(PLANE_NBYTES, rates, ALIGN_NBYTES, 2 * MIB),
+    "shares": lambda rates: list(enumerate(extents.shares(PLANE_NBYTES, rates, ALIGN_NBYTES))),
+    "stripes": lambda rates: extents.stripes(PLANE_NBYTES, rates, ALIGN_NBYTES, 2 * MIB),
 }
 
 
@@ -81,7 +81,7 @@ def move(queue: IoQueue, op: int, segments: list[io.Segment]) -> None:
 def test_drives_move_their_shares(drives: list[LoopDrive], num_paths: int, layout: str) -> None:
     used = drives[:num_paths]
     pieces = LAYOUTS[layout](list(RATES[:num_paths]))
-    shares = store.shares(PLANE_NBYTES, RATES[:num_paths], ALIGN_NBYTES)
+    shares = extents.shares(PLANE_NBYTES, RATES[:num_paths], ALIGN_NBYTES)
     slab = Slab(2 * PLANE_NBYTES)
     content = slab.carve("content", PLANE_NBYTES).tensor
     back = slab.carve("back", PLANE_NBYTES).tensor

@@ -20,7 +20,7 @@ LAYERS = {
         [
             "errors tier timeline machine forks interrupts smart scale heap",
             "formats io slots stats openmp swapfile wear numa sizes torchstate",
-            "config runfolder update factors",
+            "config extents runfolder update factors",
             "policy store factored calibrate spec moments",
             "chunk schedule manifest transfer space",
             "plan inflight jobs runfiles torchstep",

@@ -16,14 +16,14 @@ import offload
 from offload import machine
 from torch import nn
 
-width, depth, update, fmt, folder, io, steps = json.loads(sys.argv[1])
+width, depth, update, fmt, folder, io, pack, steps = json.loads(sys.argv[1])
 torch.manual_seed(0)
 layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
 model = nn.ModuleDict({"layers": layers})
 policy = {
     "tiers": {"gpu": {"device": "cpu"},
               "cpu": {"budget": "96MiB", "pin": False, "weight_slots": 2, "grad_slots": 2},
-              "nvme": {"paths": [folder], "io": io}},
+              "nvme": {"paths": [folder], "io": io, "pack": pack}},
     "state": {"format": fmt}, "optimizer": {"update": update, "tile_numel": 65536},
 }
 dtype = torch.float32 if fmt == "fp32" else torch.bfloat16
@@ -60,9 +60,11 @@ with offload.offload(model, policy) as engine:
 """
 
 
-def measure(folder: Path, *, update: str, format: str = "exact", io: str = "auto") -> dict:
+def measure(
+    folder: Path, *, update: str, format: str = "exact", io: str = "auto", pack: bool = False
+) -> dict:
     width, depth, steps = 512, 24, 8
-    arguments = json.dumps([width, depth, update, format, str(folder), io, steps])
+    arguments = json.dumps([width, depth, update, format, str(folder), io, pack, steps])
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, arguments],
         capture_output=True,
@@ -122,7 +124,7 @@ model = nn.ModuleDict({"layers": layers})
 policy = {
     "tiers": {"gpu": {"device": "cpu"},
               "cpu": {"budget": budget, "pin": "auto" if budget == "32MiB" else False},
-              "nvme": {"paths": [folder]}},
+              "nvme": {"paths": [folder], "pack": False}},
     "optimizer": {"update": update, "tile_numel": 65536}, "durability": durability,
 }
 

@@ -1,8 +1,6 @@
 """Wear of real runs: every byte is booked to its drive, and the daily limit is kept by waiting."""
 
-import bisect
 import contextlib
-import itertools
 import logging
 import types
 from collections.abc import Iterator
@@ -13,8 +11,6 @@ import pytest
 import torch
 from chaos import small_units
 from drives import loop_drive
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from parity import make_policy
 from steps import one_step
 from test_wear import most_in_a_day
@@ -24,7 +20,6 @@ from zoo import ZOO
 import offload
 from offload import smart
 from offload.runfiles import read_manifest
-from offload.update import AdamWOp, PlaneArgument, pack_ops, written_pieces
 from offload.wear import DAY_S, WEAR_LIMIT, add
 
 LLAMA = ZOO["llama"]
@@ -69,7 +64,7 @@ def written_now(engine: Any) -> tuple[int, ...]:
 def test_each_drive_gets_what_the_plan_says(nvme_dir: Path, num_paths: int, update: str) -> None:
     policy = striped(
         nvme_dir, num_paths, optimizer__update=update, optimizer__tile_numel=65536,
-        tiers__cpu__grad_slots=1,
+        tiers__cpu__grad_slots=1, tiers__nvme__pack=False,
     )  # fmt: skip
     with small_units(1024), offload.offload(wide(), policy) as engine:
         optimizer = offload.AdamW(engine.model.parameters(), lr=1e-3)
@@ -97,55 +92,6 @@ def test_only_touched_tiles_are_counted(nvme_dir: Path) -> None:
             param.requires_grad_(False)
         one_step(engine, optimizer, LLAMA, 1)
         assert sum(written_now(engine)) > 0
-
-
-@settings(deadline=None)
-@given(
-    st.integers(1, 12), st.integers(1, 4), st.integers(1, 3),
-    st.lists(st.tuples(st.integers(0, 11 * 4096), st.integers(1, 9000)), max_size=5),
-    st.booleans(),
-)  # fmt: skip
-def test_pieces_are_those_of_the_tiles_with_ops(
-    num_tiles: int, tile: int, num_paths: int, spans: list[tuple[int, int]], write_all: bool,
-) -> None:  # fmt: skip
-    """Against a count element by element."""
-    numel, tile_numel = num_tiles * 4096, tile * 4096
-    ends, ops = 0, []
-    for begin, length in sorted(spans):
-        begin, end = max(begin, ends), min(begin + length, numel)
-        if begin < end:
-            ops.append(AdamWOp(begin=begin, end=end, step=1, lr=0, beta1=0, beta2=0, eps=0,
-                               weight_decay=0))  # fmt: skip
-            ends = end
-    planes: list[PlaneArgument | None] = [None, PlaneArgument(4096)]
-    want = [0] * num_paths
-    for itemsize in (2, 4):
-        share = -(-numel * itemsize // num_paths // 4096) * 4096
-        left = numel * itemsize
-        shares = [min(share, max(left - i * share, 0)) for i in range(num_paths)]
-        planes.append(PlaneArgument(0, None, [(fd, 0, n) for fd, n in enumerate(shares) if n]))
-        for first in range(0, numel, tile_numel):
-            last = min(first + tile_numel, numel)
-            if write_all or any(op.begin < last and op.end > first for op in ops):
-                for page in range(first * itemsize, last * itemsize, 4096):
-                    want[bisect.bisect_right(list(itertools.accumulate(shares)), page)] += 4096
-    got = [0] * num_paths
-    for fd, nbytes in written_pieces(numel, planes, pack_ops(ops), tile_numel, write_all=write_all):
-        got[fd] += nbytes
-    assert got == want
-
-
-def test_planes_with_a_scale_for_many_elements_are_counted_by_their_bytes() -> None:
-    """17 bytes for 16 elements: a tile is its share of the plane, wherever that begins."""
-    tile_numel, num_tiles = 65536, 4
-    numel = num_tiles * tile_numel
-    total = numel * 17 // 16
-    half = total // 2
-    plane = PlaneArgument(0, None, [(7, 0, half), (8, 0, total - half)])
-    op = AdamWOp(begin=tile_numel + 5, end=3 * tile_numel, step=1, lr=0, beta1=0, beta2=0, eps=0,
-                 weight_decay=0)  # fmt: skip
-    got = written_pieces(numel, [plane], pack_ops([op]), tile_numel, write_all=False)
-    assert list(got) == [(7, total // 4), (8, total // 4)]
 
 
 def test_a_run_in_ram_has_no_drives(nvme_dir: Path) -> None:
@@ -259,7 +205,7 @@ def test_a_resumed_run_remembers_what_it_wrote(
 ) -> None:
     """Started again after every two steps: the limit holds over all of them."""
     folder = nvme_dir / "run"
-    changes = {"durability": durability, "optimizer__update": update}
+    changes = {"durability": durability, "optimizer__update": update, "tiers__nvme__pack": False}
     limit = 6 * step_nbytes(nvme_dir / "plan", **changes)
     policy = make_policy(folder, tiers__nvme__max_writes_per_day=limit, **changes)
     log, weights = [], None

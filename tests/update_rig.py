@@ -326,8 +326,10 @@ def run_one(
     touched = touched_by(ops, chunk.numel, tile_numel)
     with pipeline(backend, **options) as worker:
         chunk.submit(worker, 7, ops)
-        ((tag, result, fd, offset, read, write, seconds, kernel_seconds),) = wait_for(worker, 1)
+        (row,) = wait_for(worker, 1)
+        tag, result, fd, offset, read, write, seconds, kernel_seconds, written = row
     assert (tag, result, fd, offset) == (7, 0, -1, 0)
     assert (read, write) == chunk.nbytes(touched)
     assert seconds > 0 and 0 <= kernel_seconds <= seconds
+    assert sum(nbytes for _, nbytes in written) == write
     chunk.check(disk, touched)

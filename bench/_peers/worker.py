@@ -18,6 +18,7 @@ ENGINE_MODULES = {
     "torch": "engine_torch",
     "torch-keep": "engine_torch",
     "offload": "engine_offload",
+    "offload-plain": "engine_offload",
     "offload-pinned": "engine_offload",
     "deepspeed": "engine_deepspeed",
     "deepspeed-hugepages": "engine_deepspeed",

@@ -9,6 +9,7 @@
 
 #include "../../csrc/crc32c.h"
 #include "../../csrc/fault_ops.h"
+#include "../../csrc/pack.h"
 #include "../../csrc/update_pipeline.h"
 #include "harness.h"
 #include "planes.h"
@@ -22,6 +23,7 @@ constexpr uint64_t kChecksumNbytes = kPageNbytes;
 constexpr uint64_t kSmallTileNumel = kTileAlignNumel;  // not for int8
 constexpr uint64_t kLargeTileNumel = tile_align_numel(StateFormat::kInt8);
 constexpr uint64_t kTilesPerChunkMax = 4;
+constexpr uint64_t kPackStride = 1024;  // as many blocks as a plane can have
 
 constexpr uint64_t chunk_nbytes(uint64_t tile_numel) {
   return kTilesPerChunkMax * tile_numel * kTileItemNbytes;
@@ -47,7 +49,10 @@ class Chunk {
         std::memcpy(homes_[i].data(), wanted_[i].data(), wanted_[i].nbytes());
         file.write(offsets_[i], wanted_[i]);
       }
-      checksums_[i].resize(num_checksums(wanted_[i].nbytes(), kChecksumNbytes));
+      const uint64_t num_blocks = num_checksums(wanted_[i].nbytes(), kChecksumNbytes);
+      CHECK(num_blocks <= kPackStride);
+      checksums_[i].resize(kPackStride + num_blocks);
+      set_plain(checksums_[i].data() + kPackStride, wanted_[i].nbytes(), kChecksumNbytes);
       crc32c_blocks(wanted_[i].data(), wanted_[i].nbytes(), kChecksumNbytes, checksums_[i].data());
     }
   }
@@ -73,12 +78,21 @@ class Chunk {
 
   void check() const {
     for (int i = 0; i < kNumPlanes; ++i) {
-      const uint64_t nbytes = wanted_[i].nbytes();
-      if (nbytes > 0) {
-        CHECK(in_memory_[i] ? homes_[i] == wanted_[i]
-                            : file_.read(offsets_[i], nbytes) == wanted_[i]);
+      if (wanted_[i].nbytes() > 0) {
+        CHECK(in_memory_[i] ? homes_[i] == wanted_[i] : stored(i) == wanted_[i]);
       }
     }
+  }
+
+  // Blocks that are packed now, by a pipeline that does.
+  uint64_t num_packed() const {
+    uint64_t count = 0;
+    for (int i = 0; i < kNumPlanes; ++i) {
+      for (size_t at = kPackStride; at < checksums_[i].size(); ++at) {
+        count += checksums_[i][at] < kChecksumNbytes;
+      }
+    }
+    return count;
   }
 
  private:
@@ -91,7 +105,7 @@ class Chunk {
     }
     // Two pieces, so that tiles cross from one to the other.
     const uint64_t nbytes = wanted_[i].nbytes();
-    const uint64_t first = nbytes / 2 / kChecksumNbytes * kChecksumNbytes;
+    const uint64_t first = first_piece_nbytes(i);
     uint32_t* const checksums = checksums_[i].data();
     plane.read = {
         {file_.fd(), offsets_[i], first, checksums},
@@ -102,6 +116,26 @@ class Chunk {
       plane.write = plane.read;
     }
     return plane;
+  }
+
+  uint64_t first_piece_nbytes(int i) const {
+    return wanted_[i].nbytes() / 2 / kChecksumNbytes * kChecksumNbytes;
+  }
+
+  // What a plane holds on the drive, run by run.
+  Memory stored(int i) const {
+    const uint64_t nbytes = wanted_[i].nbytes();
+    const unsigned item_nbytes = packed_item_nbytes(format_, i);
+    Memory plain = file_.read(offsets_[i], nbytes);
+    const uint64_t tile_nbytes = plane_nbytes(format_, i, tile_numel_);
+    for (uint64_t begin = 0; item_nbytes > 0 && begin < nbytes;) {
+      const uint64_t piece_end = begin < first_piece_nbytes(i) ? first_piece_nbytes(i) : nbytes;
+      const uint64_t end = std::min(piece_end, (begin / tile_nbytes + 1) * tile_nbytes);
+      CHECK(unpack_run(item_nbytes, plain.data() + begin, end - begin, kChecksumNbytes,
+                       checksums_[i].data() + kPackStride + begin / kChecksumNbytes));
+      begin = end;
+    }
+    return plain;
   }
 
   const File& file_;
@@ -118,10 +152,11 @@ class Chunk {
 };
 
 struct Worker {
-  Worker(Backend backend, uint64_t tile_numel)
+  Worker(Backend backend, uint64_t tile_numel, bool packs = false)
       : buffer(update_buffer_nbytes(kNumTiles, tile_numel)) {
     int error = 0;
-    queue = IoQueue::create(backend, 8, 4 * kPageNbytes, 4, &error);
+    queue = IoQueue::create(backend, 8, 4 * kPageNbytes, 4, &error, kChecksumNbytes,
+                            packs ? kPackStride : 0);
     CHECK(queue != nullptr && error == 0);
     const UpdateConfig config = {queue.get(),          kNumTiles,      tile_numel, buffer.data(),
                                  find_kernels("auto"), kChecksumNbytes};
@@ -145,12 +180,13 @@ std::vector<std::unique_ptr<Chunk>> make_chunks(const File& file, uint64_t count
 }
 
 // Two threads submit several steps of the same chunks without waiting, two collect.
-void storm(Backend backend, uint64_t seed, uint64_t tile_numel = kSmallTileNumel) {
+void storm(Backend backend, uint64_t seed, uint64_t tile_numel = kSmallTileNumel,
+           bool packs = false) {
   constexpr uint64_t kChunks = 4;
   constexpr uint64_t kSteps = 3;
   const File file(kChunks * chunk_nbytes(tile_numel));
   const auto chunks = make_chunks(file, kChunks, seed, tile_numel);
-  Worker worker(backend, tile_numel);
+  Worker worker(backend, tile_numel, packs);
   std::atomic<uint64_t> num_done{0};
   std::vector<std::thread> threads;
   for (uint64_t half = 0; half < 2; ++half) {
@@ -176,9 +212,12 @@ void storm(Backend backend, uint64_t seed, uint64_t tile_numel = kSmallTileNumel
   for (std::thread& thread : threads) {
     thread.join();
   }
+  uint64_t num_packed = 0;
   for (const auto& chunk : chunks) {
     chunk->check();
+    num_packed += chunk->num_packed();
   }
+  CHECK((num_packed > 0) == packs);
   worker.pipeline->close();
   CHECK(!worker.pipeline->submit(chunks[0]->next_job(0)));
 }
@@ -189,6 +228,15 @@ TEST(pipeline_storm) {
       storm(backend, 10 * seed);
     }
     storm(backend, 0, kLargeTileNumel);
+  }
+}
+
+TEST(pipeline_storm_packed) {
+  for (const Backend backend : backends()) {
+    for (uint64_t seed = 0; seed < 3; ++seed) {
+      storm(backend, 10 * seed, kSmallTileNumel, true);
+    }
+    storm(backend, 0, kLargeTileNumel, true);
   }
 }
 
@@ -227,6 +275,7 @@ TEST(pipeline_storm_with_faults) {
                   1,
                   1e-3});
   storm(Backend::kFaults, 100);
+  storm(Backend::kFaults, 101, kSmallTileNumel, true);
   clear_fault_plan();
 }
 
@@ -276,7 +325,7 @@ TEST(pipeline_finds_lies) {
     for (uint64_t number = 1; number < 12; number += 3) {
       const File file(chunk_nbytes(kSmallTileNumel));
       const auto chunks = make_chunks(file, 1, number, kSmallTileNumel);
-      Worker worker(Backend::kFaults, kSmallTileNumel);
+      Worker worker(Backend::kFaults, kSmallTileNumel, number % 2 == 0);
       set_fault_plan({{{kind, number, 0.0}}, number, 0.0});
       std::vector<UpdateCompletion> rows;
       for (uint64_t step = 0; step < 2; ++step) {
