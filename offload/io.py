@@ -32,6 +32,7 @@ Segment = (
 crc32c = _native.crc32c
 crc32c_blocks = _native.crc32c_blocks
 unpack_run = _native.unpack_run
+PACK_ISA = _native.pack_isas()[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

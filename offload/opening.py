@@ -16,7 +16,7 @@ from offload.chunk import Chunk
 from offload.commit import Commits
 from offload.engine import Engine
 from offload.errors import PolicyError, StateError, StorageError
-from offload.io import Limits, choose_backend, default_limits
+from offload.io import PACK_ISA, Limits, choose_backend, default_limits
 from offload.manifest import Manifest, encode
 from offload.plan import Plan
 from offload.policy import OffloadPolicy
@@ -31,6 +31,7 @@ from offload.transfer import Device
 
 logger = logging.getLogger("offload")
 RESUME = "resume"
+PACK_BANDWIDTH = {"avx512": 5e9, "avx2": 4e9, "portable": 0.0}  # bytes/s: bench/pack.py
 
 
 def manifest_to_restore(
@@ -85,12 +86,26 @@ class Drives:
     reason: str
     fell_back: bool
     profiles: tuple[DriveProfile, ...]  # empty where one is not known
+    num_devices: int = 1  # behind all paths
 
     @property
     def weights(self) -> list[float]:
         """The speeds of several paths, where they are known; else nothing."""
         known = self.profiles if len(self.profiles) > 1 else ()
         return [profile.mixed_bandwidth for profile in known]
+
+    def settle(self, policy: OffloadPolicy) -> OffloadPolicy:
+        """The policy with `pack` decided where it leaves that open: packing pays where the drives
+        are slower than one update worker that packs.
+        """
+        nvme = policy.tiers.nvme
+        if nvme is None or nvme.pack is not None or not nvme.checksum:
+            return policy
+        speeds = [profile.mixed_bandwidth for profile in self.profiles]
+        together = sum(speeds) * self.num_devices / max(len(speeds), 1)
+        pays = together < PACK_BANDWIDTH[PACK_ISA]  # 0 where no speed is known
+        tiers = policy.tiers.model_copy(update={"nvme": nvme.model_copy(update={"pack": pays})})
+        return policy.model_copy(update={"tiers": tiers})
 
     @property
     def limits(self) -> Limits | None:
@@ -109,7 +124,9 @@ def find_drives(policy: OffloadPolicy) -> Drives | None:
         return None
     backend, reason = choose_backend(nvme.io)
     fell_back = nvme.io == "auto" and backend != "uring"
-    return Drives(backend, reason, fell_back, tuple(_profiles(nvme.paths, backend)))
+    num_devices = len({_existing(path).stat().st_dev for path in nvme.paths})
+    profiles = tuple(_profiles(nvme.paths, backend))
+    return Drives(backend, reason, fell_back, profiles, num_devices)
 
 
 def _profiles(paths: Sequence[Path], backend: str) -> list[DriveProfile]:

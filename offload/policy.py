@@ -167,7 +167,8 @@ class NvmePolicy(Section):
     pack: bool | None = Field(
         default=None,
         description="true (weights and moments take fewer bytes to the drive and back, without "
-        "loss; the files are as large) or false; null: true where there are checksums",
+        "loss; the files are as large) or false; null: true where there are checksums, unless the "
+        "drives are known to be faster than packing",
     )
     endurance: Endurance | None = Field(
         default=None,

@@ -81,6 +81,7 @@ class Session(Inspection):
         host = self.device.is_host
         try:
             drives = find_drives(policy)
+            policy = drives.settle(policy) if drives else policy
             speeds = drives.weights if drives else ()
             self.plan = make_plan(parts.specs, fmt, policy, host_compute=host, weights=speeds)
             manifest = manifest_to_resume(policy, weights, self.plan, model)

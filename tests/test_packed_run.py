@@ -14,7 +14,8 @@ from test_traffic import measure, on_a_drive
 from torch import nn
 
 import offload
-from offload import offline
+from offload import offline, opening
+from offload.calibrate import DriveProfile
 from offload.errors import PolicyError, StateError, StorageError
 from offload.formats import FORMATS, Plane
 from offload.manifest import encode
@@ -278,6 +279,40 @@ def test_packing_needs_checksums(nvme_dir: Path) -> None:
     policy = policy_of(nvme_dir, tiers__nvme__checksum=False)
     with offload.offload(make_model(), policy) as engine:
         assert not engine.plan.packs
+
+
+@pytest.mark.parametrize(
+    ("speeds", "num_devices", "isa", "want"),
+    [
+        ((), 1, "avx512", True),  # one drive that nobody has measured
+        ((4.9e9,), 1, "avx512", True),
+        ((5.1e9,), 1, "avx512", False),
+        ((4.9e9,), 1, "avx2", False),
+        ((2e9, 2e9), 2, "avx512", True),
+        ((3e9, 3e9), 2, "avx512", False),
+        ((3e9, 3e9), 1, "avx512", True),  # two folders of one drive
+        ((), 1, "portable", False),
+    ],
+)
+def test_packing_is_chosen_where_the_drives_are_slower(
+    speeds: tuple[float, ...], num_devices: int, isa: str, want: bool, nvme_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(opening, "PACK_ISA", isa)
+    profiles = tuple(
+        DriveProfile(
+            read_bandwidth=speed, write_bandwidth=speed, mixed_bandwidth=speed,
+            block_nbytes=1 << 20, depth=8, backend="uring", is_direct=True, measured="2026-01-31",
+        )
+        for speed in speeds
+    )  # fmt: skip
+    drives = opening.Drives("uring", "", False, profiles, num_devices)
+    for said, packs in ((None, want), (True, True), (False, False)):
+        policy = offload.load_policy(policy_of(nvme_dir, tiers__nvme__pack=said))
+        nvme = drives.settle(policy).tiers.nvme
+        assert nvme is not None and nvme.packs is packs
+    unchecked = offload.load_policy(policy_of(nvme_dir, tiers__nvme__checksum=False))
+    assert drives.settle(unchecked) == unchecked
 
 
 def test_a_packed_step_moves_what_the_kernel_counts(nvme_dir: Path) -> None:
