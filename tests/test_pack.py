@@ -92,6 +92,16 @@ def test_whatever_the_bits_nothing_is_lost(dtype: type, data: st.DataObject) -> 
             np.testing.assert_array_equal(unpack(one, items, isa), items)
 
 
+@every_isa
+def test_every_bf16_among_others(isa: str) -> None:
+    """The 65,536 patterns in order; and again, every 16th with an exponent 20 steps away."""
+    items = np.tile(np.arange(65536, dtype=np.uint16), 2)
+    items[65536::16] += np.uint16(20 << 7)
+    packed = pack(items, isa)
+    assert packed is not None
+    np.testing.assert_array_equal(unpack(packed, items, isa), items)
+
+
 def test_what_training_makes_takes_fewer_bytes() -> None:
     """By a sixth for fp32, by more than a quarter for bf16; what is noise is kept as it is."""
     values = np.random.default_rng(0).normal(0, 0.02, BLOCK_NBYTES // 4)
