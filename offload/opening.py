@@ -94,18 +94,13 @@ class Drives:
         known = self.profiles if len(self.profiles) > 1 else ()
         return [profile.mixed_bandwidth for profile in known]
 
-    def settle(self, policy: OffloadPolicy) -> OffloadPolicy:
-        """The policy with `pack` decided where it leaves that open: packing pays where the drives
-        are slower than one update worker that packs.
+    @property
+    def packing_pays(self) -> bool:
+        """Whether the drives are slower than one update worker that packs; so is one that nobody
+        has measured.
         """
-        nvme = policy.tiers.nvme
-        if nvme is None or nvme.pack is not None or not nvme.checksum:
-            return policy
         speeds = [profile.mixed_bandwidth for profile in self.profiles]
-        together = sum(speeds) * self.num_devices / max(len(speeds), 1)
-        pays = together < PACK_BANDWIDTH[PACK_ISA]  # 0 where no speed is known
-        tiers = policy.tiers.model_copy(update={"nvme": nvme.model_copy(update={"pack": pays})})
-        return policy.model_copy(update={"tiers": tiers})
+        return sum(speeds) * self.num_devices / max(len(speeds), 1) < PACK_BANDWIDTH[PACK_ISA]
 
     @property
     def limits(self) -> Limits | None:
@@ -115,6 +110,36 @@ class Drives:
         slowest = min(self.profiles, key=lambda profile: profile.mixed_bandwidth)
         depth = sum(profile.depth for profile in self.profiles)
         return Limits(depth=depth, block_nbytes=slowest.block_nbytes)
+
+
+def settle(
+    policy: OffloadPolicy, drives: Drives | None, weights: str | Path | None
+) -> OffloadPolicy:
+    """The policy with what it leaves open decided by the drives: `pack`. A run that is gone on with
+    stays as it is packed, tile by tile.
+    """
+    nvme = policy.tiers.nvme
+    if nvme is None or drives is None or not nvme.checksum:
+        return policy
+    run_numel = (
+        _packed_run_numel(nvme.paths[0]) if weights == RESUME and nvme.pack is not False else 0
+    )
+    pack = nvme.pack if nvme.pack is not None else drives.packing_pays or run_numel > 0
+    if run_numel and run_numel != policy.optimizer.tile_numel:
+        logger.info("tiles of %d elements, as the run in %s is packed", run_numel, nvme.paths[0])
+        optimizer = policy.optimizer.model_copy(update={"tile_numel": run_numel})
+        policy = policy.model_copy(update={"optimizer": optimizer})
+    tiers = policy.tiers.model_copy(update={"nvme": nvme.model_copy(update={"pack": pack})})
+    return policy.model_copy(update={"tiers": tiers})
+
+
+def _packed_run_numel(folder: Path) -> int:
+    """Elements in a run of what is committed in a folder; 0 where nothing there is packed."""
+    try:
+        record = read_manifest(folder).checksums
+    except StorageError:  # whoever goes on with it will say so
+        return 0
+    return record.run_numel if record is not None else 0
 
 
 def find_drives(policy: OffloadPolicy) -> Drives | None:

@@ -241,19 +241,19 @@ class Plan:
             f"{self.fmt.name} "
             f"({space.state_itemsize(self.specs, self.fmt):g} B/param): "
             f"{short_nbytes(self.state_nbytes)} of state",
-            f"CPU slab {short_nbytes(self.slab_nbytes)} "
-            f"of {short_nbytes(self.cpu_budget_nbytes)} "
-            "budget:",
+            f"CPU slab {short_nbytes(self.slab_nbytes)} of "
+            f"{short_nbytes(self.cpu_budget_nbytes)} budget:",
         ]
         lines += [f"  {name:<28} {short_nbytes(nbytes):>12}" for name, nbytes in self.terms()]
         if self.beside_nbytes:
-            lines.append(space.beside_line(self.beside_nbytes, self.fmt))
+            lines.append(space.beside_line(self.specs, self.beside_nbytes, self.fmt))
         if self.uses_files:
             read, write = self.traffic()
             what = "swap files, two versions of what changes" if self.commit_every else "swap files"
             lines.append(f"NVMe {short_nbytes(self.nvme_nbytes)} of {what}")
+            about = "at most" if self.packs else "about"
             lines.append(
-                f"  per step about {short_nbytes(read)} read, {short_nbytes(write)} written "
+                f"  per step {about} {short_nbytes(read)} read, {short_nbytes(write)} written "
                 f"({read / num_params:.1f} + {write / num_params:.1f} B/param)"
             )
             step = self.written_by_drive()

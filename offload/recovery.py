@@ -102,11 +102,10 @@ def check_homes(manifest: Manifest, plan: Plan, where: str) -> None:
         )
     if record is not None and record.run_numel not in (0, plan.tile_numel if plan.packs else 0):
         raise StateError(
-            f"{where} is packed in runs of {record.run_numel} elements, this policy wants "
-            + (f"runs of {plan.tile_numel}. " if plan.packs else "none. ")
-            + f"Set optimizer.tile_numel: {record.run_numel} and tiers.nvme.pack: true, with as "
-            "much tiers.cpu.budget as that takes, or start from a checkpoint of it (`offload "
-            "checkpoint`)."
+            f"{where} is packed in runs of {record.run_numel} elements, and this policy "
+            + (f"has room for tiles of {plan.tile_numel}. " if plan.packs else "does not pack. ")
+            + "Set tiers.nvme.pack: true and as much tiers.cpu.budget as the run had, or start "
+            "from a checkpoint of it (`offload checkpoint`)."
         )
     for index, plane, planes in manifest.planes():
         spec = plan.specs[index]

@@ -33,6 +33,7 @@ from offload.opening import (
     manifest_to_resume,
     open_commits,
     open_engine,
+    settle,
 )
 from offload.openmp import Calm
 from offload.optimstate import TorchState
@@ -81,7 +82,7 @@ class Session(Inspection):
         host = self.device.is_host
         try:
             drives = find_drives(policy)
-            policy = drives.settle(policy) if drives else policy
+            policy = settle(policy, drives, weights)
             speeds = drives.weights if drives else ()
             self.plan = make_plan(parts.specs, fmt, policy, host_compute=host, weights=speeds)
             manifest = manifest_to_resume(policy, weights, self.plan, model)

@@ -116,15 +116,13 @@ def beside_nbytes(specs: Sequence[ChunkSpec], fmt: StateFormat) -> int:
     return in_torch + sum(sums)
 
 
-def beside_line(nbytes: int, fmt: StateFormat) -> str:
+def beside_line(specs: Sequence[ChunkSpec], nbytes: int, fmt: StateFormat) -> str:
     """Says what beside_nbytes is for."""
     torch_step = ["what torch allocates in the step of one parameter"]
-    sums = ["sums over rows and columns of gradients"]
-    what = " and ".join(
-        (torch_step if Plane.TORCH_STATE in fmt.dtypes else [])
-        + (sums if Plane.FACTORS in fmt.dtypes else [])
-    )
-    return f"  and {short_nbytes(nbytes)} beside it, for {what}"
+    what = torch_step if _stepped_in_torch(specs, fmt) else []
+    if any(p.trainable and p.matrix is not None for s in specs for p in s.params):
+        what.append("sums over rows and columns of gradients")
+    return f"  and {short_nbytes(nbytes)} beside it, for {' and '.join(what)}"
 
 
 def state_itemsize(specs: Sequence[ChunkSpec], fmt: StateFormat) -> float:

@@ -223,16 +223,29 @@ def committed(folder: Path, **changes: Any) -> dict[str, Any]:
     return policy
 
 
-@pytest.mark.parametrize(
-    "changes", [{"tiers__nvme__pack": False}, {"optimizer__tile_numel": 2 * TILE_NUMEL}]
-)
-def test_a_run_is_gone_on_with_as_it_is_packed(changes: dict[str, Any], nvme_dir: Path) -> None:
+@pytest.mark.parametrize("changes", [{"tiers__nvme__pack": False}, {"tiers__cpu__budget": "64MiB"}])
+def test_a_run_that_cannot_stay_packed_is_refused(changes: dict[str, Any], nvme_dir: Path) -> None:
     committed(nvme_dir)
     before = {p: p.read_bytes() for p in nvme_dir.rglob("*") if p.is_file()}
     policy = policy_of(nvme_dir, durability="step", **changes)
-    with pytest.raises(StateError, match=f"Set optimizer.tile_numel: {TILE_NUMEL}"):
+    with pytest.raises(StateError, match=f"runs of {TILE_NUMEL} .* Set tiers.nvme.pack: true"):
         offload.offload(make_model(), policy, weights="resume")
     assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize("tile_numel", [TILE_NUMEL // 4, 4 * TILE_NUMEL])
+def test_a_run_goes_on_in_the_tiles_that_it_is_packed_by(
+    tile_numel: int, nvme_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the policy says now, and however fast the drive is found to be."""
+    want, _ = run(nvme_dir / "whole", durability="step")
+    committed(nvme_dir / "run")
+    monkeypatch.setattr(opening, "PACK_ISA", "portable")
+    policy = policy_of(nvme_dir / "run", durability="step", optimizer__tile_numel=tile_numel)
+    with offload.offload(make_model(), policy, weights="resume") as engine:
+        assert engine.plan.packs and engine.plan.tile_numel == TILE_NUMEL
+        train(engine, offload.AdamW(engine.model.parameters(), lr=1e-2), 3, first=1)
+        assert_same(state_of(engine), want)
 
 
 def test_a_plain_run_goes_on_packed(nvme_dir: Path) -> None:
@@ -309,10 +322,10 @@ def test_packing_is_chosen_where_the_drives_are_slower(
     drives = opening.Drives("uring", "", False, profiles, num_devices)
     for said, packs in ((None, want), (True, True), (False, False)):
         policy = offload.load_policy(policy_of(nvme_dir, tiers__nvme__pack=said))
-        nvme = drives.settle(policy).tiers.nvme
+        nvme = opening.settle(policy, drives, None).tiers.nvme
         assert nvme is not None and nvme.packs is packs
     unchecked = offload.load_policy(policy_of(nvme_dir, tiers__nvme__checksum=False))
-    assert drives.settle(unchecked) == unchecked
+    assert opening.settle(unchecked, drives, None) == unchecked
 
 
 def test_a_packed_step_moves_what_the_kernel_counts(nvme_dir: Path) -> None:
