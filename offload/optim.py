@@ -13,10 +13,10 @@ import torch
 from offload.chunk import Chunk, Ops
 from offload.errors import StateError
 from offload.factored import AdafactorParam, FactoredStep
-from offload.factors import matrix_of
 from offload.formats import Plane
 from offload.optimstate import TorchState
 from offload.routing import Owner, owner_of
+from offload.spec import ParamSpec
 from offload.stats import StepResult
 from offload.update import AdamWOp, FactoredOp, LionOp, Op, SGDOp, pack_ops
 
@@ -279,7 +279,7 @@ class Adafactor(TierOptimizer):
         params = []
         for position, group, common in self._capture(chunk, positions, scales):
             spec = chunk.spec.params[position]
-            num_rows, num_cols = spec.matrix or matrix_of(spec.shape)
+            num_rows, num_cols = matrix_in_plan(spec)
             op = FactoredOp(
                 beta1=float(group["beta1"]), eps=float(group["eps"]),
                 num_rows=num_rows, num_cols=num_cols, **common,
@@ -360,6 +360,13 @@ class Lion(TierOptimizer):
     def _op(self, group: dict[str, Any], common: dict[str, Any]) -> Op:
         beta1, beta2 = map(float, group["betas"])
         return LionOp(beta1=beta1, beta2=beta2, **common)
+
+
+def matrix_in_plan(spec: ParamSpec) -> tuple[int, int]:
+    """Rows and columns of a parameter's matrices, as its sums have been taken."""
+    if spec.matrix is None:
+        raise StateError(f"the plan has no sums for {spec.name}: it is of another optimizer.kind.")
+    return spec.matrix
 
 
 def _plain(value: Any) -> Any:
