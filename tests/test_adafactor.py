@@ -36,7 +36,7 @@ import offload
 from offload import _native
 from offload.errors import BudgetError, StateError
 from offload.factors import matrix_of, num_sums
-from offload.formats import Plane, state_format
+from offload.formats import Plane, gradient_sums, state_format
 
 LLAMA = ZOO["llama"]
 RECIPE = Recipe(steps=3)
@@ -80,6 +80,17 @@ def test_sums_by_row_and_column_have_the_twins_bits(isa: str, shape: tuple[int, 
             strict=True,
         ):
             assert native.tobytes() == twin.tobytes()
+
+
+@pytest.mark.parametrize("is_vector", [True, False])
+def test_sums_are_on_the_host_whatever_torchs_default_device_is(is_vector: bool) -> None:
+    """Native code writes to their addresses."""
+    grad = torch.arange(12.0)
+    want = gradient_sums(grad, None, (3, 4), is_vector=is_vector)
+    with torch.device("meta"):
+        got = gradient_sums(grad, None, (3, 4), is_vector=is_vector)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.device.type == "cpu" and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("hyper", HYPER)
