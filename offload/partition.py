@@ -43,7 +43,7 @@ def partition(model: nn.Module, optimizer: OptimizerPolicy | None = None) -> Par
     `optimizer` gets room for what it keeps.
 
     Raises PolicyError for a dtype that the tiers cannot hold, or for options that the optimizer
-    refuses, StateError for a model without parameters.
+    refuses, StateError for a model without parameters, or one without elements.
     """
     _check_params(model)
     builder = _Builder()
@@ -122,6 +122,11 @@ def _check_params(model: nn.Module) -> None:
             )
         if isinstance(param, nn.UninitializedParameter):
             raise StateError(f"parameter {name} is lazy; run one forward before offload.offload().")
+        if not param.numel():
+            raise StateError(
+                f"parameter {name} has no elements (its shape is {tuple(param.shape)}): there is "
+                "nothing to move or to train. Remove it from the model, or make it a buffer."
+            )
     if next(model.parameters(), None) is None:
         raise StateError("the model has no parameters; there is nothing to offload.")
 
