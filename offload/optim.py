@@ -152,14 +152,14 @@ class TierOptimizer(torch.optim.Optimizer):
 
         Memory: the state of one parameter. Finishes pending updates.
         """
-        return ((name, state) for _, name, state in self._torch_state().stream())
+        return ((name, state) for _, name, state in self._leaving_state().stream())
 
     def full_state_dict(self) -> dict[str, Any]:
         """What load_state_dict of the torch optimizer of this name takes, and of this one. Memory:
         the moments in fp32; raises StateError where tiers.cpu.budget does not leave room.
         """
         full = self.state_dict()
-        full["state"] = self._torch_state().full()
+        full["state"] = self._leaving_state().full()
         for group in full["param_groups"]:
             group.update(self.torch_group)
         return full
@@ -187,13 +187,16 @@ class TierOptimizer(torch.optim.Optimizer):
             after(self)
 
     def _torch_state(self) -> TorchState:
+        state: TorchState = self._owner.torch_state(self._all_params(), self.moments or {})
+        return state
+
+    def _leaving_state(self) -> TorchState:
         if self.moments is None:
             raise StateError(
                 f"the state of offload.{type(self).__name__} stays in the tiers: engine.state(name)"
                 " shows it by parameter, and checkpoints and durability keep it."
             )
-        state: TorchState = self._owner.torch_state(self._all_params(), self.moments)
-        return state
+        return self._torch_state()
 
 
 class AdamW(TierOptimizer):
