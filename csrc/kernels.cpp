@@ -1,6 +1,7 @@
 // The portable kernels, the choice between instruction sets, and the scalars of AdamW.
 #include "kernels.h"
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -299,7 +300,9 @@ FactoredScalars factored_scalars(const StepHyper& hyper) {
   scalars.grad_scale = grad_scale_of(hyper);
   scalars.decay = decay_of(hyper);
   scalars.lerp_weight = static_cast<float>(1.0 - hyper.beta1);
-  scalars.eps_sq = static_cast<float>(hyper.eps * hyper.eps);
+  // Never 0, which fp32 makes of the square of a small eps: where there is no gradient (a row that
+  // was not looked up, the padding of a tail) the step would be 0 / 0.
+  scalars.eps_sq = static_cast<float>(std::fmax(hyper.eps * hyper.eps, double{FLT_MIN}));
   scalars.negative_lr = static_cast<float>(-hyper.lr);
   scalars.is_direct = hyper.is_direct;
   return scalars;

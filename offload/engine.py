@@ -27,6 +27,7 @@ from offload.extents import Extent, PlaneExtents
 from offload.formats import Plane
 from offload.homes import PlaneKey, allocate_extents, carve_pinned
 from offload.inflight import Finish, InFlight
+from offload.interrupts import held
 from offload.io import IoQueue, Limits
 from offload.plan import Plan
 from offload.residence import Residence
@@ -290,9 +291,10 @@ class Engine:
         if on_device:
             self.leave(index)
             self._release_device(chunk)
-        self._updates.apply(chunk, ops)
-        self._changed(chunk)
-        self.release_gradient(chunk)
+        with held():
+            self._updates.apply(chunk, ops)
+            self._changed(chunk)
+            self.release_gradient(chunk)
         if on_device:
             self.enter(index, record=False)
 
@@ -326,9 +328,10 @@ class Engine:
                 return False
         for extents in chunk.extents.values():
             self.before_overwrite(extents.target)
-        update.started = True
-        chunk.to(Residency.UPDATING)
-        self._updates.start(chunk, update.ops, self._finish_update(chunk), fresh=fresh)
+        with held():  # a chunk in UPDATING that nobody updates would be waited for in vain
+            update.started = True
+            chunk.to(Residency.UPDATING)
+            self._updates.start(chunk, update.ops, self._finish_update(chunk), fresh=fresh)
         return True
 
     def _finish_update(self, chunk: Chunk) -> Finish:

@@ -14,6 +14,8 @@ from offload.factors import COL_VAR, EXP_AVG, EXP_AVG_SQ, ROW_VAR, FactorSums
 from offload.torchstate import StateEntry
 from offload.update import FactoredOp, pack_ops
 
+_FP32 = torch.finfo(torch.float32)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FactoredParam:
@@ -43,18 +45,22 @@ class AdafactorParam(FactoredParam):
     def resolve(self, plane: torch.Tensor, sums: FactorSums) -> FactoredOp:
         op, kept = self.op, self._kept(plane)
         if COL_VAR not in kept:
-            return self._with(self._move(kept[ROW_VAR], sums.rows.square(), 1), torch.ones(1))
+            squares = self._move(kept[ROW_VAR], sums.rows.square(), 1)
+            return self._with(_overflowed(squares), torch.ones(1))
         rows = self._move(kept[ROW_VAR], sums.rows, op.num_cols)
         cols = self._move(kept[COL_VAR], sums.cols, op.num_rows)
         matrices = rows.double().view(-1, op.num_rows)
         means = [math.fsum(row.tolist()) / op.num_rows for row in matrices]
         divisors = torch.tensor([mean or 1.0 for mean in means], dtype=torch.float64)
-        return self._with(matrices / divisors.view(-1, 1), cols)
+        shares = (matrices / divisors.view(-1, 1)).clamp_min(_FP32.tiny)  # 0 x inf is no factor
+        return self._with(shares, _overflowed(cols))
 
     def _move(self, means: torch.Tensor, sums: torch.Tensor, count: int) -> torch.Tensor:
-        """Set `means` (N, fp32) to what they are after this gradient; return them."""
+        """Set `means` (N, fp32) to what they are after this gradient; return them. An inf would
+        stay for good.
+        """
         old, new = means.double(), sums * (self.op.grad_scale * self.op.grad_scale) / count
-        return means.copy_(old + (new - old) * self.weight)
+        return means.copy_((old + (new - old) * self.weight).clamp_max(_FP32.max))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +104,13 @@ class FactoredStep:
     def pack(self, plane: torch.Tensor, sums: Mapping[int, FactorSums]) -> bytes:
         """The native form, made once and when the step starts: moves what is kept in `plane` on."""
         return pack_ops([param.resolve(plane, sums[param.position]) for param in self.params])
+
+
+def _overflowed(means: torch.Tensor) -> torch.Tensor:
+    """Means as factors: inf in place of what fp32 could not hold. Its weights stand still for this
+    step; divided by the root of a smaller mean, a gradient of 1e25 would move them by 1e5.
+    """
+    return torch.where(means == _FP32.max, math.inf, means)
 
 
 def _packed(values: torch.Tensor) -> bytes:

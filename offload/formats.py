@@ -229,14 +229,15 @@ def gradient_sums(
     """
     num_rows, num_cols = matrix
     if is_vector:
-        values = torch.empty(plane.numel(), dtype=torch.float32)
+        values = torch.empty(plane.numel(), dtype=torch.float32, device="cpu")
         if plane.dtype is torch.float32:
             values.copy_(plane)
         else:
             join_master(plane, plane_lo, values)
-        return values.double(), torch.empty(0, dtype=torch.float64)
-    rows = torch.empty(plane.numel() // num_cols, dtype=torch.float64)
-    cols = torch.empty(plane.numel() // num_rows, dtype=torch.float64)
+        return values.double(), torch.empty(0, dtype=torch.float64, device="cpu")
+    # native code writes to their addresses, so the user's default device must not be theirs
+    rows = torch.empty(plane.numel() // num_cols, dtype=torch.float64, device="cpu")
+    cols = torch.empty(plane.numel() // num_rows, dtype=torch.float64, device="cpu")
     kind = 1 if plane.dtype is torch.float32 else 0
     low = 0 if plane_lo is None else plane_lo.data_ptr()
     _native.factor_sums(

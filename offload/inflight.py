@@ -101,7 +101,12 @@ class InFlight:
             written = self._store.by_drive((segment[0], segment[3]) for segment in segments)
         tag = self._track(link, chunk, nbytes, finish, written=written)
         self._num_moving += 1
-        self._queue.submit(op, tag, segments, priority)
+        try:
+            self._queue.submit(op, tag, segments, priority)
+        except Exception:
+            self._num_moving -= 1
+            del self._transfers[tag]  # what was not taken never ends
+            raise
 
     def storage_error(
         self, result: int, action: str, fd: int, offset: int, chunk: str
@@ -125,7 +130,12 @@ class InFlight:
         """Hand a chunk to the update worker."""
         tag = self._track(Link.WRITE, chunk, 0, finish)
         self._num_updating += 1
-        self._pipeline.submit(tag, fmt_code, numel, planes, ops, write_all=write_all)
+        try:
+            self._pipeline.submit(tag, fmt_code, numel, planes, ops, write_all=write_all)
+        except Exception:
+            self._num_updating -= 1
+            del self._transfers[tag]
+            raise
 
     def updated(self, chunk: str, start: float, end: float) -> None:
         """Book an update that ran on the calling thread, which is time that compute waited."""

@@ -221,8 +221,8 @@ class Gradients:
                     return
                 self._await_arrivals(chunk)
                 self.check_finite([chunk])
+                ops = self.ops_of(chunk)  # where the optimizer refuses, nothing has been updated
                 self._updated.add(index)
-                ops = self.ops_of(chunk)
                 if ops:
                     self.engine.update_now(index, ops)
             elif not (

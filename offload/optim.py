@@ -13,10 +13,10 @@ import torch
 from offload.chunk import Chunk, Ops
 from offload.errors import StateError
 from offload.factored import AdafactorParam, FactoredStep
-from offload.factors import matrix_of
 from offload.formats import Plane
 from offload.optimstate import TorchState
 from offload.routing import Owner, owner_of
+from offload.spec import ParamSpec
 from offload.stats import StepResult
 from offload.update import AdamWOp, FactoredOp, LionOp, Op, SGDOp, pack_ops
 
@@ -152,14 +152,14 @@ class TierOptimizer(torch.optim.Optimizer):
 
         Memory: the state of one parameter. Finishes pending updates.
         """
-        return ((name, state) for _, name, state in self._torch_state().stream())
+        return ((name, state) for _, name, state in self._leaving_state().stream())
 
     def full_state_dict(self) -> dict[str, Any]:
         """What load_state_dict of the torch optimizer of this name takes, and of this one. Memory:
         the moments in fp32; raises StateError where tiers.cpu.budget does not leave room.
         """
         full = self.state_dict()
-        full["state"] = self._torch_state().full()
+        full["state"] = self._leaving_state().full()
         for group in full["param_groups"]:
             group.update(self.torch_group)
         return full
@@ -187,13 +187,16 @@ class TierOptimizer(torch.optim.Optimizer):
             after(self)
 
     def _torch_state(self) -> TorchState:
+        state: TorchState = self._owner.torch_state(self._all_params(), self.moments or {})
+        return state
+
+    def _leaving_state(self) -> TorchState:
         if self.moments is None:
             raise StateError(
                 f"the state of offload.{type(self).__name__} stays in the tiers: engine.state(name)"
                 " shows it by parameter, and checkpoints and durability keep it."
             )
-        state: TorchState = self._owner.torch_state(self._all_params(), self.moments)
-        return state
+        return self._torch_state()
 
 
 class AdamW(TierOptimizer):
@@ -279,7 +282,7 @@ class Adafactor(TierOptimizer):
         params = []
         for position, group, common in self._capture(chunk, positions, scales):
             spec = chunk.spec.params[position]
-            num_rows, num_cols = spec.matrix or matrix_of(spec.shape)
+            num_rows, num_cols = matrix_in_plan(spec)
             op = FactoredOp(
                 beta1=float(group["beta1"]), eps=float(group["eps"]),
                 num_rows=num_rows, num_cols=num_cols, **common,
@@ -360,6 +363,13 @@ class Lion(TierOptimizer):
     def _op(self, group: dict[str, Any], common: dict[str, Any]) -> Op:
         beta1, beta2 = map(float, group["betas"])
         return LionOp(beta1=beta1, beta2=beta2, **common)
+
+
+def matrix_in_plan(spec: ParamSpec) -> tuple[int, int]:
+    """Rows and columns of a parameter's matrices, as its sums have been taken."""
+    if spec.matrix is None:
+        raise StateError(f"the plan has no sums for {spec.name}: it is of another optimizer.kind.")
+    return spec.matrix
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,7 +118,8 @@ class TorchState:
                 f"the state_dict has groups of {sizes} parameters, this optimizer has {wanted}. "
                 "Make the groups as they were."
             )
-        return [_hyperparameters(index, row, defaults) for index, row in enumerate(saved)]
+        take = _hyperparameters if self._moments else _all_hyperparameters
+        return [take(index, row, defaults) for index, row in enumerate(saved)]
 
     def check(
         self, saved_ids: Sequence[Any], state: Mapping[Any, Any], counts: Sequence[int] | None
@@ -137,7 +138,12 @@ class TorchState:
                 f"the state_dict has {len(counts)} step counts for {len(self._members)} parameters."
                 " It is damaged; save it again."
             )
-        if not state and counts is not None and any(counts):
+        if not self._moments and (state or counts is None):
+            raise StateError(
+                "the state of this optimizer stays in the tiers, so it takes no other state_dict "
+                "than its own state_dict(). Checkpoints and durability bring its state back."
+            )
+        if not state and counts is not None and (any(counts) or not self._moments):
             self._check_counts(counts)
             return None
         if not state and not any(self.num_steps):
@@ -147,13 +153,14 @@ class TorchState:
         return [self._entry(member, state.get(key), count) for member, key, count in rows]
 
     def _check_counts(self, counts: Sequence[int]) -> None:
+        other_way = ", or take optimizer.full_state_dict()" if self._moments else ""
         for member, count in zip(self._members, counts, strict=True):
             if member.num_steps != count:
                 raise StateError(
                     f"{member.spec.name} has taken {member.num_steps} steps here and {count} in "
                     "the state_dict, which has no moments in it: those are in the tiers of the run "
-                    "that it was made by. Go on with that run (weights='resume', or a checkpoint), "
-                    "or take optimizer.full_state_dict()."
+                    "that it was made by. Go on with that run (weights='resume', or a checkpoint)"
+                    f"{other_way}."
                 )
 
     def _entry(self, member: Member, state: Any, count: int) -> _Entry:
@@ -208,15 +215,27 @@ class TorchState:
         self._windows.rewrite(chunk, planes_of(plane, fmt), list(values), encode)
 
 
-def _hyperparameters(
-    index: int, saved: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    missing = [key for key in defaults if key not in saved and key != "maximize"]
+def _refuse_missing(index: int, saved: Mapping[str, Any], names: Iterable[str]) -> None:
+    missing = [name for name in names if name not in saved]
     if missing:
         raise StateError(
             f"group {index} of the state_dict has no {missing[0]!r}: it is of another optimizer. "
             "Create the optimizer that it was made by."
         )
+
+
+def _all_hyperparameters(
+    index: int, saved: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Of an optimizer whose groups are never those of another."""
+    _refuse_missing(index, saved, defaults)
+    return {key: value for key, value in saved.items() if key not in ("params", "param_names")}
+
+
+def _hyperparameters(
+    index: int, saved: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    _refuse_missing(index, saved, (key for key in defaults if key != "maximize"))
     if saved.get("amsgrad"):
         raise StateError(
             f"group {index} of the state_dict has amsgrad=True, which keeps a third moment that "

@@ -20,7 +20,7 @@ from offload.errors import PolicyError, StateError
 from offload.formats import is_supported_dtype, state_format
 from offload.plan import Plan, make_plan
 from offload.policy import OffloadPolicy, OptimizerPolicy
-from offload.scale import LAST, SCALE_OPTIONS, PlainScale
+from offload.scale import LAST, MOMENTUM, SCALE_OPTIONS, PlainScale, check_options
 from offload.torchstate import defaults_of, freeze, optimizer_class
 
 SMALL_NUMEL = (
@@ -43,7 +43,7 @@ def partition(model: nn.Module, optimizer: OptimizerPolicy | None = None) -> Par
     `optimizer` gets room for what it keeps.
 
     Raises PolicyError for a dtype that the tiers cannot hold, or for options that the optimizer
-    refuses, StateError for a model without parameters.
+    refuses, StateError for a model without parameters, or one without elements.
     """
     _check_params(model)
     builder = _Builder()
@@ -78,8 +78,18 @@ def with_last_layer(specs: list[ChunkSpec], options: Mapping[str, object]) -> li
             f"optimizer.options: SCALE has no {', '.join(unknown)}; it has "
             f"{', '.join(SCALE_OPTIONS)}."
         )
-    last = options.get("last", LAST)
-    if last is not None and last not in {p.name for spec in specs for p in spec.params}:
+    try:
+        check_options(options)
+    except ValueError as error:
+        raise PolicyError(f"optimizer.options: {error}") from error
+    last = options.get("last", LAST) if options.get("momentum", MOMENTUM) else None
+    shapes = {param.name: param.shape for spec in specs for param in spec.params}
+    if last is not None and len(shapes.get(str(last), (0, 0))) < 2:
+        raise PolicyError(
+            f"optimizer.options: SCALE has no momentum for {last}, which is a vector. Set last to "
+            "the matrix of the last layer, or to null for no momentum."
+        )
+    if last is not None and last not in shapes:
         raise PolicyError(
             f"optimizer.options: SCALE looks for the last layer in {last}, and the model has no "
             "parameter of that name. Set last to the one that it has (of a tied head its "
@@ -112,6 +122,11 @@ def _check_params(model: nn.Module) -> None:
             )
         if isinstance(param, nn.UninitializedParameter):
             raise StateError(f"parameter {name} is lazy; run one forward before offload.offload().")
+        if not param.numel():
+            raise StateError(
+                f"parameter {name} has no elements (its shape is {tuple(param.shape)}): there is "
+                "nothing to move or to train. Remove it from the model, or make it a buffer."
+            )
     if next(model.parameters(), None) is None:
         raise StateError("the model has no parameters; there is nothing to offload.")
 

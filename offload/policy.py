@@ -249,7 +249,8 @@ class OptimizerPolicy(Section):
         default={},
         validate_default=True,
         description="with kind torch or scale: a mapping of the arguments that decide which "
-        "state it keeps, such as {momentum: 0.9, centered: true}, or {last: lm_head.weight}",
+        "state it keeps, such as {momentum: 0.9, centered: true}, or {last: lm_head.weight}; of "
+        "scale also rms and embedding, as offload.SCALE is given them",
     )
     update: Literal["auto", "eager", "deferred"] = Field(
         default="auto",

@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from offload.errors import StateError
+from offload.policy import OffloadPolicy
 from offload.spec import ParamSpec
 from offload.stats import StepResult
 
@@ -30,6 +31,8 @@ _utils: types.ModuleType = importlib.import_module("torch.nn.utils")
 
 class Owner(Protocol):
     """What an optimizer and the clipping functions need of an offloaded model."""
+
+    policy: OffloadPolicy
 
     def owns(self, param: torch.Tensor) -> bool: ...
 

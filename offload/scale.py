@@ -6,32 +6,59 @@ last layer and m = g elsewhere, and every column of m is divided by its 2-norm. 
 are input times output, so a column has all weights of one output: a row of torch's Linear.weight,
 but a column of an embedding, which torch keeps input first. The authors' program trains vectors
 with AdamW, and so does this; it also divides by the root of the mean square in place of the norm,
-which `rms` does here (their learning rates belong to that).
+which `rms` does here (their learning rates belong to that). A tied embedding that is the last layer
+is normalised here as what it is at the output, by rows; their program goes by the name, and
+normalises it by columns, as every embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 
 SCALE_OPTIONS = ("last", "momentum", "embedding", "rms")  # that a policy may have
 LAST = "lm_head.weight"  # what Hugging Face calls the last layer of a language model
+EMBEDDING, MOMENTUM = "embed", 0.9
 _Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, torch.Tensor]]
 NORM_MIN = 1e-8  # a column without a gradient stays as it is
 
 
-def check_scale(
-    *, lr: float, weight_decay: float, eps: float, momentum: float, betas: tuple[float, float]
-) -> None:
-    """Raise ValueError for a hyperparameter that is out of its range."""
-    for name, value in {"lr": lr, "weight_decay": weight_decay, "eps": eps}.items():
-        if not value >= 0:
-            raise ValueError(f"SCALE: {name} is {value}; it must be 0 or more.")
-    for name, value in {"momentum": momentum, "betas": betas[0], "beta2": betas[1]}.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"SCALE: {name} is {value}; it must be in [0, 1).")
+def check_scale(hyper: Mapping[str, Any]) -> None:
+    """Raise ValueError for a hyperparameter of SCALE that is out of its range."""
+    for name in ("lr", "weight_decay", "eps"):
+        if not _is_number(hyper[name]) or not hyper[name] >= 0:
+            raise ValueError(f"SCALE: {name} is {hyper[name]}; it must be 0 or more.")
+    betas = hyper["betas"]
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise ValueError(f"SCALE: betas is {betas}; it must be two numbers.")
+    for name, value in zip(("beta1", "beta2"), betas, strict=True):
+        _check_share(name, value)
+    check_options({name: hyper[name] for name in SCALE_OPTIONS})
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value that SCALE cannot use; `options` has some of SCALE_OPTIONS."""
+    last, embedding = options.get("last"), options.get("embedding", EMBEDDING)
+    rms = options.get("rms", False)
+    if last is not None and not (isinstance(last, str) and last):
+        raise ValueError(f"SCALE: last is {last!r}; it must be a parameter's name, or none.")
+    if not (isinstance(embedding, str) and embedding):
+        raise ValueError(f"SCALE: embedding is {embedding!r}; it must be a part of a name.")
+    if not isinstance(rms, bool):
+        raise ValueError(f"SCALE: rms is {rms!r}; it must be true or false.")
+    _check_share("momentum", options.get("momentum", MOMENTUM))
+
+
+def _check_share(name: str, value: object) -> None:
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"SCALE: {name} is {value}; it must be in [0, 1).")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    is_tensor = isinstance(value, torch.Tensor) and value.numel() == 1
+    return is_tensor or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def is_input_first(name: str, ndim: int, *, embedding: str, last: str | None) -> bool:
@@ -43,8 +70,8 @@ class PlainScale(torch.optim.Optimizer):
     """SCALE (arXiv 2506.16659) in memory: a moment of the parameter `last`, two of vectors.
 
     Give it model.named_parameters(): names say which parameter is the last layer's, and that those
-    with `embedding` in their name are kept input first. `last=None` is no momentum anywhere. See
-    [Note: SCALE].
+    with `embedding` in their name are kept input first, but for `last`. `last=None` is no momentum
+    anywhere. See [Note: SCALE].
     """
 
     needs_names = True  # a part of a model, too, is made from named parameters
@@ -53,20 +80,20 @@ class PlainScale(torch.optim.Optimizer):
         self,
         params: _Params,
         lr: float = 1e-3,
-        momentum: float = 0.9,
+        momentum: float = MOMENTUM,
         weight_decay: float = 0.0,
         last: str | None = LAST,
-        embedding: str = "embed",
+        embedding: str = EMBEDDING,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
         rms: bool = False,
     ) -> None:
-        check_scale(lr=lr, weight_decay=weight_decay, eps=eps, momentum=momentum, betas=betas)
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "last": last,
             "embedding": embedding, "betas": betas, "eps": eps, "rms": rms,
         }  # fmt: skip
+        check_scale(defaults)
         given: list[Any] = list(params)
         says_itself = bool(given) and all(isinstance(g, dict) and "last" in g for g in given)
         super().__init__(given, defaults)

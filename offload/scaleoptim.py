@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +10,18 @@ import torch
 from offload.chunk import Chunk, Ops
 from offload.errors import StateError
 from offload.factored import FactoredStep, ScaleParam
-from offload.factors import flat_matrix
 from offload.formats import Plane
-from offload.optim import TierOptimizer
+from offload.optim import TierOptimizer, matrix_in_plan
 from offload.routing import Owner
-from offload.scale import LAST, NORM_MIN, PlainScale, check_scale, is_input_first
+from offload.scale import (
+    EMBEDDING,
+    LAST,
+    MOMENTUM,
+    NORM_MIN,
+    PlainScale,
+    check_scale,
+    is_input_first,
+)
 from offload.torchstep import ParamStep, TorchStep
 from offload.update import FactoredOp
 
@@ -25,9 +32,10 @@ class SCALE(TierOptimizer):
     """SCALE (arXiv 2506.16659): SGD on normalised columns, momentum in the layer `last` alone, Adam
     on vectors; needs `optimizer.kind: scale`, and where `last` is another name, `options: {last:}`.
 
-    Parameters with `embedding` in their name are kept input first. The chunk of `last` is updated
-    on whole planes ([Note: torch step]), because a momentum has no norm before all of it is there;
-    all others in tiles. See [Note: SCALE].
+    Parameters with `embedding` in their name are kept input first, but for `last`, also where that
+    is a tied embedding. The chunk of `last` is updated on whole planes ([Note: torch step]),
+    because a momentum has no norm before all of it is there; all others in tiles. Arguments that
+    the policy's options have must be the same here. See [Note: SCALE].
     """
 
     kind = "scale"
@@ -36,42 +44,73 @@ class SCALE(TierOptimizer):
         self,
         params: _Params,
         lr: float = 1e-3,
-        momentum: float = 0.9,
+        momentum: float = MOMENTUM,
         weight_decay: float = 0.0,
         last: str | None = LAST,
-        embedding: str = "embed",
+        embedding: str = EMBEDDING,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         *,
         rms: bool = False,
         maximize: bool = False,
     ) -> None:
-        check_scale(lr=lr, weight_decay=weight_decay, eps=eps, momentum=momentum, betas=betas)
-        self._last, self._momentum = last, momentum
+        self._checked: set[tuple[Any, ...]] = set()
         defaults = {
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "last": last,
             "embedding": embedding, "betas": betas, "eps": eps, "rms": rms, "maximize": maximize,
         }  # fmt: skip
+        check_scale(defaults)
         super().__init__(params, defaults)
 
     def _find_owner(self) -> Owner:
         owner = super()._find_owner()
-        specs = [owner.spec_of(param) for param in self._all_params()]
-        with_momentum = [s.name for s in specs if any(e.name == "momentum_buffer" for e in s.state)]
-        wanted = [self._last] if self._last is not None and self._momentum else []
-        if any(name not in wanted for name in with_momentum):
-            raise StateError(
-                f"offload.SCALE(last={self._last!r}, momentum={self._momentum}), and the plan has "
-                f"a momentum for {with_momentum[0]}. Set optimizer.options: {{last: null}} in the "
-                f"policy, or give SCALE this name and a momentum above 0."
-            )
-        names = [spec.name for spec in specs]
-        if any(name in names and name not in with_momentum for name in wanted):
-            raise StateError(
-                f"the plan has no momentum for {self._last}. Set optimizer.options: "
-                f"{{last: {self._last}}} in the policy, or give SCALE last=None."
-            )
+        policy = owner.policy.optimizer
+        if policy.kind == self.kind:  # else attach() says what is wrong
+            self._check_groups(owner)
+            self._check_policy(policy.options)
         return owner
+
+    def _check_policy(self, options: Mapping[str, Any]) -> None:
+        """Raise StateError where a group has another argument than the policy says: only
+        `offload finetune` would have taken it from there.
+        """
+        for group in self.param_groups:
+            for name, value in options.items():
+                in_use = name != "momentum" or group["last"] is not None
+                if name != "last" and in_use and group[name] != value:
+                    raise StateError(
+                        f"optimizer.options in the policy has {name}: {value}, and offload.SCALE "
+                        f"was given {name}={group[name]}. Give it the same, or take it out of the "
+                        "policy."
+                    )
+
+    def _check_groups(self, owner: Owner) -> None:
+        """Raise ValueError for a group's hyperparameter, StateError where a parameter would keep
+        another state than the plan has room for.
+        """
+        for index, group in enumerate(self.param_groups):
+            check_scale(group)
+            key = (index, len(group["params"]), group["last"], bool(group["momentum"]))
+            if key in self._checked:
+                continue
+            for param in group["params"]:
+                spec = owner.spec_of(param)
+                kept = any(entry.name == "momentum_buffer" for entry in spec.state)
+                wanted = spec.name == group["last"] and bool(group["momentum"])
+                if spec.trainable and kept != wanted:
+                    raise _mismatch(spec.name, group, kept=kept)
+            self._checked.add(key)
+
+    def hyperparameters(self) -> list[tuple[Any, ...]]:
+        self._check_groups(self._owner)
+        return super().hyperparameters()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As TierOptimizer's; also raises ValueError or StateError, with nothing changed, for what
+        a group has become since.
+        """
+        self._check_groups(self._owner)
+        return super().step(closure)
 
     def update_of(
         self, chunk: Chunk, positions: Iterable[int], scales: dict[tuple[int, int], float]
@@ -83,6 +122,19 @@ class SCALE(TierOptimizer):
             steps = [_in_torch(*row) for row in captured]
             return TorchStep(cls=PlainScale, spec=chunk.spec, steps=steps)
         return FactoredStep(tuple(_in_tiles(chunk, *row) for row in captured))
+
+
+def _mismatch(name: str, group: Mapping[str, Any], *, kept: bool) -> StateError:
+    if kept:
+        return StateError(
+            f"offload.SCALE(last={group['last']!r}, momentum={group['momentum']}), and the plan "
+            f"has a momentum for {name}. Set optimizer.options: {{last: null}} in the policy, or "
+            "give SCALE, and the group that has it, this name and a momentum above 0."
+        )
+    return StateError(
+        f"the plan has no momentum for {name}. Set optimizer.options: {{last: {name}}} in the "
+        "policy, or give SCALE last=None."
+    )
 
 
 def _in_torch(position: int, group: dict[str, Any], common: dict[str, Any]) -> ParamStep:
@@ -100,7 +152,7 @@ def _in_tiles(
     chunk: Chunk, position: int, group: dict[str, Any], common: dict[str, Any]
 ) -> ScaleParam:
     spec = chunk.spec.params[position]
-    num_rows, num_cols = spec.matrix or flat_matrix(spec.shape)
+    num_rows, num_cols = matrix_in_plan(spec)
     op = FactoredOp(beta1=None, eps=NORM_MIN, num_rows=num_rows, num_cols=num_cols, **common)
     beta1, beta2 = map(float, group["betas"])
     return ScaleParam(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -34,12 +35,9 @@ def _native(chunk: Chunk, step: FactoredStep) -> bytes:
     """The ops of a step whose factors depend on the gradient. See [Note: factors]."""
     if chunk.gradient is None:
         raise StateError(f"chunk {chunk.name} has no gradient.")
-    with plain_torch():
-        region = chunk.pinned.get(Plane.FACTORS)  # of SCALE only where there are vectors
-        plane = (
-            torch.empty(0, dtype=ITEM_DTYPE) if region is None else region.tensor.view(ITEM_DTYPE)
-        )
-        return step.pack(plane, chunk.gradient.factor_sums)
+    region = chunk.pinned.get(Plane.FACTORS)  # of SCALE only where there are vectors
+    plane = torch.empty(0, dtype=ITEM_DTYPE) if region is None else region.tensor.view(ITEM_DTYPE)
+    return step.pack(plane, chunk.gradient.factor_sums)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,33 +64,43 @@ class Updates:
         """Start the update of a chunk that is in UPDATING; `fresh` says that its weight slot is
         empty, and shall hold the new weights. A step on whole planes blocks until it is done.
         """
-        if isinstance(ops, FactoredStep):
-            ops = _native(chunk, ops)
-        if not isinstance(ops, bytes):
-            self._run(chunk, ops, finish, fresh=fresh)
-            return
-        self._flight.start_update(
-            chunk.name,
-            self._fmt.native_code,
-            chunk.spec.numel,
-            plane_arguments(chunk, self._fmt, self._store, fresh=fresh),
-            ops,
-            finish,
-            write_all=chunk.has_versions,
-        )
+        with self._whole():
+            if isinstance(ops, FactoredStep):
+                ops = _native(chunk, ops)
+            if not isinstance(ops, bytes):
+                self._run(chunk, ops, finish, fresh=fresh)
+                return
+            self._flight.start_update(
+                chunk.name,
+                self._fmt.native_code,
+                chunk.spec.numel,
+                plane_arguments(chunk, self._fmt, self._store, fresh=fresh),
+                ops,
+                finish,
+                write_all=chunk.has_versions,
+            )
 
     def apply(self, chunk: Chunk, ops: Ops) -> None:
         """Run the update of a chunk here and now; all its planes lie in RAM."""
-        if isinstance(ops, FactoredStep):
-            ops = _native(chunk, ops)
-        if isinstance(ops, bytes):
+        with self._whole():
+            if isinstance(ops, FactoredStep):
+                ops = _native(chunk, ops)
+            if not isinstance(ops, bytes):
+                self._step(chunk, ops, self._homes(chunk, fresh=False))
+                return
             arguments = plane_arguments(chunk, self._fmt, self._store, fresh=False)
             addresses = [0 if argument is None else argument.address for argument in arguments]
             apply_in_ram(self._fmt.native_code, chunk.spec.numel, addresses, ops)
-            return
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Changes of state that cannot be taken back or begun again: Ctrl-C waits for their end,
+        and behind an exception the engine stops. Views that are made in the inference mode of a
+        forward could not be written.
+        """
         with held(), plain_torch():
             try:
-                self._step(chunk, ops, self._homes(chunk, fresh=False))
+                yield
             except BaseException as error:
                 self._flight.failure = self._flight.failure or error
                 raise
@@ -100,21 +108,14 @@ class Updates:
     # ---- steps on whole planes ----
 
     def _run(self, chunk: Chunk, step: PlaneStep, finish: Finish, *, fresh: bool) -> None:
-        # A Ctrl-C in the middle would leave planes half old and half new; views that are made in
-        # the inference mode of a forward could not be written.
-        with held(), plain_torch():
-            try:
-                homes = self._homes(chunk, fresh=fresh)
-                reads = [(home.read, home.memory) for home in homes.values()]
-                failed = self._move(io.READ, chunk, reads)
-                if failed is None:
-                    self._step(chunk, step, homes)
-                    writes = [(home.write, home.memory) for home in homes.values()]
-                    failed = self._move(io.WRITE, chunk, writes)
-                finish(*(failed or (0, -1, -1)))
-            except BaseException as error:
-                self._flight.failure = self._flight.failure or error
-                raise
+        homes = self._homes(chunk, fresh=fresh)
+        reads = [(home.read, home.memory) for home in homes.values()]
+        failed = self._move(io.READ, chunk, reads)
+        if failed is None:
+            self._step(chunk, step, homes)
+            writes = [(home.write, home.memory) for home in homes.values()]
+            failed = self._move(io.WRITE, chunk, writes)
+        finish(*(failed or (0, -1, -1)))
 
     def _step(self, chunk: Chunk, step: PlaneStep, homes: dict[Plane, _Home]) -> None:
         start = time.perf_counter()

@@ -36,7 +36,7 @@ import offload
 from offload import _native
 from offload.errors import BudgetError, StateError
 from offload.factors import matrix_of, num_sums
-from offload.formats import Plane, state_format
+from offload.formats import Plane, gradient_sums, state_format
 
 LLAMA = ZOO["llama"]
 RECIPE = Recipe(steps=3)
@@ -80,6 +80,17 @@ def test_sums_by_row_and_column_have_the_twins_bits(isa: str, shape: tuple[int, 
             strict=True,
         ):
             assert native.tobytes() == twin.tobytes()
+
+
+@pytest.mark.parametrize("is_vector", [True, False])
+def test_sums_are_on_the_host_whatever_torchs_default_device_is(is_vector: bool) -> None:
+    """Native code writes to their addresses."""
+    grad = torch.arange(12.0)
+    want = gradient_sums(grad, None, (3, 4), is_vector=is_vector)
+    with torch.device("meta"):
+        got = gradient_sums(grad, None, (3, 4), is_vector=is_vector)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.device.type == "cpu" and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("hyper", HYPER)
@@ -234,6 +245,71 @@ def test_the_second_moment_of_a_product_is_that_of_adam() -> None:
         optimizer.step()
         got = engine.master("0.weight")
     assert torch.allclose(got, -0.5 * sign, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [1e-30, 0.0])
+@pytest.mark.parametrize("format", twins.DTYPES)
+def test_an_eps_whose_square_is_no_fp32_number(format: str, eps: float) -> None:
+    """Neither a row without a gradient nor the padding behind a tail is divided by 0; in int8 the
+    padding's NaN would be the scale of all moments of its group.
+    """
+    model = nn.Sequential(nn.Embedding(6, 7), nn.Linear(7, 3))
+    policy = {"tiers": {"cpu": {"budget": "64MiB"}}, "state": {"format": format}}
+    policy["optimizer"] = {"kind": "adafactor"}
+    with offload.offload(model, policy) as engine:
+        names = [name for name, _ in engine.model.named_parameters()]
+        before = {name: engine.master(name) for name in names}
+        optimizer = offload.Adafactor(engine.model.parameters(), lr=0.1, eps=eps)
+        for step in range(2):
+            out = engine.model(torch.tensor([0, 2, 3, 5])).float() * torch.tensor([1.0, 0.0, 1.0])
+            out.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 0:
+                first = {name: engine.master(name) for name in names}
+        after = {name: engine.master(name) for name in names}
+        states = {name: engine.state(name) for name in names}
+    for name in names:
+        rows, still = ([0, 2, 3, 5], [1, 4]) if name == "0.weight" else ([0, 2], [1])
+        assert torch.equal(after[name][still], before[name][still])
+        for old, new in ((before, first), (first, after)):
+            assert torch.isfinite(new[name]).all()
+            assert (new[name][rows] != old[name][rows]).any()
+        kept = states[name]
+        assert all(torch.isfinite(tensor.double()).all() for tensor in kept.values())
+        assert all(tensor.count_nonzero() for key, tensor in kept.items() if key != "residue")
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (24,)])
+def test_means_that_overflow_make_no_giant_step(shape: tuple[int, ...]) -> None:
+    """What fp32 cannot hold stands still for the step, and moves again when the mean is back."""
+    weight = nn.Parameter(torch.zeros(shape))
+    model = nn.Sequential(nn.Linear(1, 1, bias=False))
+    model[0].register_parameter("other", weight)
+    policy = {"tiers": {"cpu": {"budget": "64MiB"}}, "state": {"format": "fp32"}}
+    policy["optimizer"] = {"kind": "adafactor"}
+    large = torch.full(shape, 1e25)
+    large.view(-1)[9] = 0.0
+    moment = FactoredMoment(shape)
+    with offload.offload(model, policy) as engine:
+        optimizer = offload.Adafactor([weight], lr=1.0, beta1=0.0)
+        want = np.zeros(weight.numel(), np.float32)
+        for step, grad in enumerate((large, torch.ones(shape), torch.ones(shape)), start=1):
+            (weight * grad).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            got, kept = engine.master("0.other"), engine.state("0.other")
+            assert all(torch.isfinite(tensor.double()).all() for tensor in kept.values())
+            rows, cols = moment.move(grad.numpy().reshape(-1), 1.0, step, -0.8)
+            op = FactoredOp(end=want.size, step=step, lr=1.0, beta1=0.0, weight_decay=0.0,
+                            rows=rows, cols=cols)  # fmt: skip
+            want, *_ = op.apply(want, np.zeros_like(want), want, grad.numpy().reshape(-1))
+            assert np.array_equal(got.numpy().reshape(-1), want)
+            assert got.abs().max() < 4  # three steps of 1, up to rounding
+            if step == 1:
+                first = got
+        assert not first.any()  # the step of Adam, whose moment is inf
+        assert got.all()
 
 
 def test_a_committed_run_goes_on_with_the_same_bits(nvme_dir: Path, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@ fails. Nothing half done is committed, nothing hangs, nothing stays open.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ import pytest
 import torch
 from chaos import patched
 from forked import ENDED, run_forked
+from steps import one_step
 from test_durability import NUM_STEPS, policy_of, record_of, start, train, undisturbed
 from zoo import ZOO
 
+import offload
 from offload import commit, update
 from offload.commit import Commits
 from offload.engine import Engine
 from offload.errors import StateError, StorageError
 from offload.extents import PlaneExtents
+from offload.factored import FactoredStep
+from offload.inflight import InFlight
 from offload.runfiles import read_manifest
 from offload.slots import Slab
 from offload.swapfile import CHECKSUM_NAMES, LOCK_NAME, MANIFEST_NAME, SWAP_NAME
@@ -165,9 +170,6 @@ def test_an_exception_in_a_step_commits_nothing_of_it(
     same step, test_durability.py has it; so does this one, and both come to the same bits.
     """
     policy = policy_of(nvme_dir, ENTRY, placement, optimizer__update=update_mode)
-
-    def boom(*_: object) -> None:
-        raise Boom
 
     with pytest.raises(Boom), begin(policy) as engine:
         train(engine, ENTRY, until=3)
@@ -397,10 +399,76 @@ def test_ctrl_c_loses_no_completion(nvme_dir: Path, want: dict[str, str]) -> Non
         assert came and record_of(engine) == want
 
 
+@contextlib.contextmanager
+def factored_run(folder: Path) -> Iterator[tuple[Any, Callable[[int], None]]]:
+    """An engine with Adafactor, its updates deferred, and the function that trains to a step."""
+    policy = policy_of(folder, ENTRY, "nvme", optimizer__update="deferred", durability="off")
+    policy["optimizer"]["kind"] = "adafactor"
+    with begin(policy) as engine:
+        optimizer = offload.Adafactor(engine.model.parameters(), lr=1e-3)
+
+        def train_until(step: int) -> None:
+            for number in range(engine.run.num_steps, step):
+                torch.manual_seed(number)
+                one_step(engine, optimizer, ENTRY, number)
+
+        yield engine, train_until
+
+
+@pytest.mark.parametrize("place", ["pack", "submit"])
+def test_ctrl_c_while_an_update_starts(place: str, nvme_dir: Path) -> None:
+    """The means of Adafactor have moved, its tiles have not: the update starts all the same."""
+
+    def with_ctrl_c(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            result = function(*args, **kwargs)
+            came.append(1)
+            return result
+
+        return call
+
+    came: list[int] = []
+    with factored_run(nvme_dir / "plain") as (engine, train_until):
+        train_until(3)
+        want = record_of(engine)
+    owner, name = {"pack": (FactoredStep, "pack"), "submit": (InFlight, "start_update")}[place]
+    with factored_run(nvme_dir / "disturbed") as (engine, train_until):
+        train_until(1)
+        with patched(owner, **{name: with_ctrl_c(getattr(owner, name))}):
+            flush_through(engine)
+        assert came
+        train_until(3)
+        assert record_of(engine) == want
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_update_that_fails_at_its_start_stops_the_engine(in_place: bool, nvme_dir: Path) -> None:
+    """Every later call names the error, and nothing waits for what nobody does."""
+    with pytest.raises(Boom), factored_run(nvme_dir) as (engine, train_until):
+        train_until(1)
+        if in_place:  # the next update is that of the small chunk, in step()
+            engine.flush()
+        with patched(FactoredStep, pack=boom), pytest.raises(Boom) as failed:
+            train_until(2)
+        for call in (engine.flush, lambda: engine.master("model.norm.weight")):
+            with pytest.raises(StateError, match="stopped at an earlier error"):
+                call()
+        raise failed.value
+
+
+def boom(*_: object) -> None:
+    raise Boom
+
+
 def step_through(engine: Any) -> None:
     """One step, and the promise of it kept, through every Ctrl-C."""
     with patched(update.UpdatePipeline, poll=lambda self: []):
         train(engine, ENTRY, until=1)
+    flush_through(engine)
+
+
+def flush_through(engine: Any) -> None:
     for _ in range(100):
         try:
             engine.flush()

@@ -315,3 +315,18 @@ def test_ctrl_c_behind_a_completion_does_not_lose_it(monkeypatch: pytest.MonkeyP
         bench.flight.block(UPDATE)
     assert sorted(bench.log.names) == ["a", "b"] and not bench.flight
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("source", ["queue", "pipeline"])
+def test_what_the_native_code_refuses_is_not_waited_for(source: str) -> None:
+    bench = Bench()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no such op")
+
+    setattr(getattr(bench, source), "submit", refuse)  # noqa: B010
+    with pytest.raises(ValueError, match="no such op"):
+        bench.start_io("a") if source == "queue" else bench.start_update("a")
+    assert not bench.flight
+    bench.flight.drain()
+    assert bench.flight.failure is None

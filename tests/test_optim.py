@@ -215,3 +215,48 @@ def test_sgd_in_fp32_trains_as_torch_does(nvme_dir: Path) -> None:
                 optimizer.step()
     for p, q in zip(plain.parameters(), tiered.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def make_adam(params: Any, **hyper: Any) -> Any:
+    return offload.Torch(torch.optim.Adam, params, amsgrad=True, weight_decay=0.1, **hyper)
+
+
+STAYS = {
+    "adafactor": (offload.Adafactor, {"kind": "adafactor"}),
+    "scale": (offload.SCALE, {"kind": "scale"}),
+    "torch": (make_adam, {"kind": "torch", "name": "Adam", "options": {"amsgrad": True}}),
+}
+
+
+@pytest.mark.parametrize("kind", STAYS)
+def test_groups_and_counts_come_back_where_the_state_stays(kind: str, nvme_dir: Path) -> None:
+    make, section = STAYS[kind]
+    policy = make_policy(nvme_dir)
+    policy["optimizer"] |= section
+    with offload.offload(LLAMA.make_model(), policy) as engine:
+        params = list(engine.model.parameters())
+        optimizer = make(params, lr=1e-2)
+        fresh = optimizer.state_dict()
+        optimizer.load_state_dict(fresh)
+        torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        one_step(engine, optimizer, LLAMA, 0)
+        optimizer.param_groups[0]["lr"] = 3e-3
+        saved = optimizer.state_dict()
+        again = make(params, lr=1e-4)
+        again.load_state_dict(saved)
+        assert again.state_dict() == saved and again.param_groups[0]["lr"] == 3e-3
+        assert again.param_groups[0]["initial_lr"] == 1e-2
+        one_step(engine, again, LLAMA, 1)
+        for bad, message in (
+            (saved, r"steps here and 1 in the state_dict.*a checkpoint\)\.$"),
+            (fresh, "has taken 2 steps here and 0 in"),
+            ({**again.state_dict(), "state": {0: {"step": 1}}}, "stays in the tiers"),
+            (torch.optim.SGD(params).state_dict(), "it is of another optimizer"),
+        ):
+            before = repr(again.state_dict())
+            with pytest.raises(StateError, match=message):
+                again.load_state_dict(bad)
+            assert repr(again.state_dict()) == before
+        with pytest.raises(StateError, match="stays in the tiers"):
+            again.full_state_dict()
+        one_step(engine, again, LLAMA, 2)

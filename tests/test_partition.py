@@ -193,6 +193,10 @@ def test_models_that_cannot_be_cut() -> None:
         partition(nn.ReLU())
     with pytest.raises(StateError, match="lazy; run one forward"):
         partition(nn.Sequential(nn.LazyLinear(4)))
+    block = nn.Linear(4, 4)
+    block.register_parameter("none", nn.Parameter(torch.zeros(0, 4)))
+    with pytest.raises(StateError, match=r"parameter 1.none has no elements .*\(0, 4\)"):
+        partition(nn.Sequential(nn.Linear(4, 4), block))
 
 
 def test_the_limit_of_little_is_in_elements(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from zoo import ZOO
 import offload
 from offload.errors import PolicyError, StateError
 from offload.formats import Plane, state_format
+from offload.optim import matrix_in_plan
 from offload.scale import PlainScale
 
 LLAMA = ZOO["llama"]
@@ -324,6 +325,13 @@ def test_other_layouts_and_bad_arguments_are_refused(nvme_dir: Path) -> None:
     for options, message in (
         ({"last": "head"}, "no parameter of that name. Set last"),
         ({"momentun": 0.5}, "SCALE has no momentun; it has last, momentum"),
+        ({"last": [LAST]}, "last is .* it must be a parameter's name"),
+        ({"last": "model.norm.weight"}, "which is a vector. Set last to the matrix"),
+        ({"embedding": 3}, "embedding is 3; it must be a part of a name"),
+        ({"embedding": ""}, "embedding is ''; it must be a part of a name"),
+        ({"rms": "nope"}, "rms is 'nope'; it must be true or false"),
+        ({"momentum": 7}, r"momentum is 7; it must be in \[0, 1\)"),
+        ({"momentum": True}, "momentum is True; it must be in"),
     ):
         policy = make_policy(nvme_dir, optimizer__kind="scale", optimizer__options=options)
         with pytest.raises(PolicyError, match=message):
@@ -337,6 +345,7 @@ def test_other_layouts_and_bad_arguments_are_refused(nvme_dir: Path) -> None:
         for hyper, error, message in (
             ({"lr": -1.0}, ValueError, "SCALE: lr is -1.0"),
             ({"betas": (0.9, 1.0)}, ValueError, "SCALE: beta2 is 1.0"),
+            ({"betas": (0.9,)}, ValueError, "betas is .* it must be two numbers"),
             ({"last": None}, StateError, "has a momentum for lm_head.weight"),
             ({"momentum": 0.0}, StateError, "has a momentum for lm_head.weight"),
         ):
@@ -347,3 +356,107 @@ def test_other_layouts_and_bad_arguments_are_refused(nvme_dir: Path) -> None:
         with pytest.raises(StateError, match="no momentum for lm_head.weight"):
             offload.SCALE(engine.model.parameters())
         one_step(engine, offload.SCALE(engine.model.parameters(), last=None), LLAMA, 0)
+
+
+def in_groups(engine: Any, **override: Any) -> list[dict[str, Any]]:
+    """The last layer in a group of its own, all other parameters in another."""
+    named = dict(engine.model.named_parameters())
+    head = named.pop(LAST)
+    return [{"params": [head], **override}, {"params": list(named.values())}]
+
+
+def masters(engine: Any) -> list[torch.Tensor]:
+    return [engine.master(name) for name, _ in engine.model.named_parameters()]
+
+
+BAD_GROUPS: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
+    ({"momentum": 0.0}, StateError, "the plan has a momentum for lm_head.weight"),
+    ({"last": None}, StateError, "the plan has a momentum for lm_head.weight"),
+    ({"betas": (0.9, 1.0)}, ValueError, "SCALE: beta2 is 1.0"),
+    ({"betas": (0.9,)}, ValueError, "must be two numbers"),
+    ({"lr": -1.0}, ValueError, "SCALE: lr is -1.0"),
+    ({"rms": "no"}, ValueError, "SCALE: rms is 'no'"),
+)
+
+
+@pytest.mark.parametrize(("override", "error", "message"), BAD_GROUPS)
+@pytest.mark.parametrize("update", ["eager", "deferred"])
+def test_what_a_group_overrides_is_refused_before_anything_changes(
+    update: str, override: dict[str, Any], error: type[Exception], message: str, nvme_dir: Path
+) -> None:
+    """When the optimizer is made, and at the step for which a group has been changed."""
+    policy = make_policy(nvme_dir, optimizer__kind="scale", optimizer__update=update)
+    with offload.offload(LLAMA.make_model(), policy) as engine:
+        with pytest.raises(error, match=message):
+            offload.SCALE(in_groups(engine, **override), lr=1e-3)
+        optimizer = offload.SCALE(in_groups(engine), lr=1e-3)
+        one_step(engine, optimizer, LLAMA, 0)
+        before = masters(engine)
+        good = dict(optimizer.param_groups[0])
+        optimizer.param_groups[0] |= override
+        with pytest.raises(error, match=message):
+            one_step(engine, optimizer, LLAMA, 1)
+        optimizer.param_groups[0] |= good
+        optimizer.zero_grad()
+        assert all(map(torch.equal, before, masters(engine)))
+        one_step(engine, optimizer, LLAMA, 1)
+        assert not any(map(torch.equal, before, masters(engine)))
+
+
+def test_a_step_refuses_a_group_that_changed_behind_backward(nvme_dir: Path) -> None:
+    policy = make_policy(nvme_dir, optimizer__kind="scale", optimizer__update="deferred")
+    with offload.offload(LLAMA.make_model(), policy) as engine:
+        optimizer = offload.SCALE(in_groups(engine), lr=1e-3)
+        LLAMA.loss(engine.model, LLAMA.make_batch(0, torch.bfloat16)).backward()
+        optimizer.param_groups[1]["betas"] = (0.9, 1.0)
+        with pytest.raises(ValueError, match="beta2 is 1.0"):
+            optimizer.step()
+        optimizer.param_groups[1]["betas"] = (0.9, 0.99)
+        optimizer.step()
+        engine.flush()
+
+
+def test_arguments_other_than_the_policys_are_refused(nvme_dir: Path) -> None:
+    """They are the policy's word on the run, and nothing takes them from there by itself."""
+    options = {"rms": True, "momentum": 0.8}
+    policy = make_policy(nvme_dir, optimizer__kind="scale", optimizer__options=options)
+    with offload.offload(LLAMA.make_model(), policy) as engine:
+        params = list(engine.model.parameters())
+        for hyper, message in (
+            ({"momentum": 0.8}, "policy has rms: True, and offload.SCALE was given rms=False"),
+            ({"rms": True}, "policy has momentum: 0.8, and offload.SCALE was given momentum=0.9"),
+        ):
+            with pytest.raises(StateError, match=message):
+                offload.SCALE(params, **hyper)
+        one_step(engine, offload.SCALE(params, **options), LLAMA, 0)
+
+
+def test_a_momentum_of_0_is_none(nvme_dir: Path) -> None:
+    policy = make_policy(nvme_dir, optimizer__kind="scale", optimizer__options={"momentum": 0})
+    with offload.offload(LLAMA.make_model(), policy) as engine:
+        params = list(engine.model.parameters())
+        assert not any(e.name == "momentum_buffer" for s in engine.plan.specs for p in s.params
+                       for e in p.state)  # fmt: skip
+        one_step(engine, offload.SCALE(params, momentum=0), LLAMA, 0)
+        one_step(engine, offload.SCALE(params, last=None), LLAMA, 1)
+
+
+def test_a_frozen_last_layer_needs_no_momentum(nvme_dir: Path) -> None:
+    model = LLAMA.make_model()
+    model.lm_head.weight.requires_grad_(False)
+    policy = make_policy(nvme_dir, optimizer__kind="scale")
+    with small_units(1024), offload.offload(model, policy) as engine:
+        spec = next(s for s in engine.plan.specs if any(p.name == LAST for p in s.params))
+        assert not spec.trainable
+        one_step(engine, offload.SCALE(engine.model.parameters()), LLAMA, 0)
+
+
+def test_a_plan_of_another_optimizer_is_refused_by_its_name(nvme_dir: Path) -> None:
+    with (
+        offload.offload(LLAMA.make_model(), make_policy(nvme_dir)) as engine,
+        pytest.raises(StateError, match="Set optimizer.kind: scale in the policy"),
+    ):
+        offload.SCALE(engine.model.parameters())
+    spec = engine.plan.specs[0].params[0]
+    with pytest.raises(StateError, match="the plan has no sums for"):
+        matrix_in_plan(spec)

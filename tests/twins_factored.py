@@ -8,6 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 from twins import F32, F64, NUM_LANES, Op, Planes, fma, load_grad, load_master, store_master
 
+FLT_MAX = np.finfo(np.float32).max
+FLT_MIN = np.finfo(np.float32).tiny
+
+
+def eps_squared(eps: float) -> np.float32:
+    """What squares below it count as; never 0, and without a gradient 0 / 0."""
+    return np.float32(max(eps * eps, float(FLT_MIN)))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FactoredOp(Op):
@@ -30,7 +38,7 @@ class FactoredOp(Op):
         with np.errstate(all="ignore"):
             g = self.grad(g)
             square = (self.rows[:, :, None] * self.cols[:, None, :]).reshape(-1)
-            u = g / np.sqrt(np.maximum(square, f(self.eps * self.eps)))
+            u = g / np.sqrt(np.maximum(square, eps_squared(self.eps)))
             m = fma(f(1 - self.beta1), u - m, m)
             return fma(m, f(-self.lr), p * f(self.decay())), m, v
 
@@ -58,7 +66,7 @@ class ScaledOp(Op):
         with np.errstate(all="ignore"):
             direction = (self.rows[:, :, None] * self.cols[:, None, :]).reshape(-1)
             if not self.is_direct:
-                root = np.sqrt(np.maximum(direction, f(self.eps * self.eps)))
+                root = np.sqrt(np.maximum(direction, eps_squared(self.eps)))
                 direction = self.grad(load_grad(format, part)) / root
             store_master(format, part, fma(direction, f(-self.lr), p * f(self.decay())))
 
@@ -95,9 +103,14 @@ class FactoredMoment:
             (self.col_var, cols, self.num_rows),
         ):
             old, mean = var.astype(np.float64), sums.reshape(var.shape) * (scale * scale) / count
-            var[:] = old + (mean - old) * step**decay
+            var[:] = np.minimum(old + (mean - old) * step**decay, float(FLT_MAX))
         if not self.is_matrix:
-            return self.row_var.copy(), np.ones((1, 1), np.float32)
+            return overflowed(self.row_var), np.ones((1, 1), np.float32)
         means = [math.fsum(map(float, row)) / self.num_rows or 1.0 for row in self.row_var]
         shares = self.row_var.astype(np.float64) / np.array(means)[:, None]
-        return shares.astype(np.float32), self.col_var.copy()
+        return np.maximum(shares, float(FLT_MIN)).astype(np.float32), overflowed(self.col_var)
+
+
+def overflowed(means: F32) -> F32:
+    """Means as factors: inf, and so no step, in place of what fp32 could not hold."""
+    return np.where(means == FLT_MAX, np.float32(np.inf), means)
