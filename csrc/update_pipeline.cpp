@@ -289,9 +289,6 @@ void UpdatePipeline::compute(Tile& tile) {
       return;  // the job has failed and the tile is free
     }
   }
-  if (tile.is_written) {
-    pack(tile);
-  }
   for (const Seal& seal : seals_) {
     *seal.entry = seal.value;
   }
@@ -341,24 +338,50 @@ bool UpdatePipeline::verify(const Tile& tile, uint64_t begin, uint64_t end) {
   return true;
 }
 
-// Computes the checksums of what will be written.
+// Computes the checksums of what will be written, and packs it.
 void UpdatePipeline::seal(const Tile& tile, uint64_t begin, uint64_t end) {
-  const UpdateJob& job = tile.running->job;
-  segments_.clear();
   for (int i = 0; i < kNumPlanes; ++i) {
-    if (job.planes[i].has_write) {
-      cut(tile, kOpWrite, i, begin, end, tile_memory(tile, i, begin));
+    if (!tile.running->job.planes[i].has_write) {
+      continue;
     }
-  }
-  for (const IoSegment& segment : segments_) {
-    if (segment.checksums) {
-      const char* bytes = static_cast<const char*>(segment.address);
-      uint32_t* entry = segment.checksums;
-      for (uint64_t at = 0; at < segment.nbytes; at += config_.checksum_nbytes) {
-        const uint64_t nbytes = std::min(config_.checksum_nbytes, segment.nbytes - at);
-        seals_.push_back({entry++, crc32c(bytes + at, nbytes)});
+    segments_.clear();
+    cut(tile, kOpWrite, i, begin, end, tile_memory(tile, i, begin));
+    for (const IoSegment& segment : segments_) {
+      if (segment.checksums) {
+        const char* bytes = static_cast<const char*>(segment.address);
+        uint32_t* entry = segment.checksums;
+        for (uint64_t at = 0; at < segment.nbytes; at += config_.checksum_nbytes) {
+          const uint64_t nbytes = std::min(config_.checksum_nbytes, segment.nbytes - at);
+          seals_.push_back({entry++, crc32c(bytes + at, nbytes)});
+        }
+      }
+      if (segment.item_nbytes > 0) {
+        pack(tile, i, segment);
       }
     }
+  }
+}
+
+// Packs a stretch of a run behind those before it: in front of where it lies, or in the tile's
+// buffer.
+void UpdatePipeline::pack(const Tile& tile, int plane, const IoSegment& segment) {
+  const char* const memory = static_cast<const char*>(segment.address);
+  const uint64_t in_tile = memory - tile_memory(tile, plane, tile.begin);
+  const std::vector<PlaneSegment>& pieces = tile.running->job.planes[plane].write;
+  const bool begins_piece =
+      std::any_of(pieces.begin(), pieces.end(), [&segment](const PlaneSegment& piece) {
+        return piece.fd == segment.fd && piece.offset == segment.offset;
+      });
+  if (in_tile == 0 || begins_piece) {
+    packed_end_[plane] = stored_memory(tile, kOpWrite, plane) + in_tile;
+  }
+  lengths_.resize(num_checksums(segment.nbytes, config_.checksum_nbytes));
+  pack_run(segment.item_nbytes, memory, segment.nbytes, config_.checksum_nbytes, packed_end_[plane],
+           lengths_.data());
+  uint32_t* entry = segment.checksums + queue_.pack_stride();
+  for (const uint32_t length : lengths_) {
+    seals_.push_back({entry++, length});
+    packed_end_[plane] += length;
   }
 }
 
@@ -382,35 +405,6 @@ bool UpdatePipeline::unpack(const Tile& tile) {
     }
   }
   return true;
-}
-
-// Packs the runs that a tile will write.
-void UpdatePipeline::pack(const Tile& tile) {
-  if (queue_.pack_stride() == 0) {
-    return;
-  }
-  for (int i = 0; i < kNumPlanes; ++i) {
-    if (!tile.running->job.planes[i].has_write) {
-      continue;
-    }
-    char* const plain = tile_memory(tile, i, tile.begin);
-    char* const stored = stored_memory(tile, kOpWrite, i);
-    segments_.clear();
-    cut(tile, kOpWrite, i, tile.begin, tile.end, plain);
-    for (const IoSegment& segment : segments_) {
-      if (segment.item_nbytes == 0) {
-        continue;
-      }
-      char* const memory = static_cast<char*>(segment.address);
-      lengths_.resize(num_checksums(segment.nbytes, config_.checksum_nbytes));
-      pack_run(segment.item_nbytes, memory, segment.nbytes, config_.checksum_nbytes,
-               stored + (memory - plain), lengths_.data());
-      uint32_t* entry = segment.checksums + queue_.pack_stride();
-      for (const uint32_t length : lengths_) {
-        seals_.push_back({entry++, length});
-      }
-    }
-  }
 }
 
 bool UpdatePipeline::has_tiles_in_flight() const {

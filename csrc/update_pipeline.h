@@ -25,7 +25,7 @@
 // than the writes in flight.
 //
 // Where the queue packs, runs (see [Note: packed runs]) are unpacked in place when a tile begins to
-// be computed, and packed when it is done: in place too, or from a slot into the tile's buffer.
+// be computed, and packed stretch by stretch: in place too, or from a slot into the tile's buffer.
 #pragma once
 
 #include <chrono>
@@ -151,7 +151,7 @@ class UpdatePipeline {
   bool verify(const Tile& tile, uint64_t begin, uint64_t end);
   void seal(const Tile& tile, uint64_t begin, uint64_t end);
   bool unpack(const Tile& tile);
-  void pack(const Tile& tile);
+  void pack(const Tile& tile, int plane, const IoSegment& segment);
   bool has_tiles_in_flight() const;
   void reap(double timeout_s);
   void finish_transfer(const IoCompletion& completion);
@@ -170,6 +170,7 @@ class UpdatePipeline {
   std::vector<IoSegment> segments_;           // scratch
   std::vector<Seal> seals_;                   // of the tile that is computed
   std::vector<uint32_t> lengths_;             // scratch
+  char* packed_end_[kNumPlanes] = {};         // of the run that is packed
   std::vector<IoCompletion> io_completions_;  // scratch
 
   mutable std::mutex mutex_;

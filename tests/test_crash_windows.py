@@ -90,7 +90,7 @@ def test_a_commit_behind_the_reading_of_the_manifest_is_noticed(
         old = read_manifest(nvme_dir)
         with start(entry, policy, "resume") as engine:
             train(engine, entry, until=3)
-        answers = iter([old, read_manifest(nvme_dir)])
+        answers = iter([old, old, read_manifest(nvme_dir)])  # for the plan, and to resume
         monkeypatch.setattr("offload.opening.read_manifest", lambda folder: next(answers))
         before = (nvme_dir / SWAP_NAME).read_bytes()
         with pytest.raises(offload.StateError, match="in use a moment ago"):
