@@ -328,6 +328,7 @@ def test_packing_is_chosen_where_the_drives_are_slower(
     assert opening.settle(unchecked, drives, None) == unchecked
 
 
+@pytest.mark.slow
 def test_a_packed_step_moves_what_the_kernel_counts(nvme_dir: Path) -> None:
     """Less than the plan, which cannot know how well bits pack: by a tenth and more."""
     on_a_drive(nvme_dir)
